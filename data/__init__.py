@@ -1,0 +1,7 @@
+"""Files to tensors and back: corpora, tokenizers, checkpoints, results. Nothing here trains."""
+
+from data.checkpoints import find, write_checkpoint
+from data.corpus import corpus_hash, load_corpus
+from data.examples import Examples, load_examples
+from data.files import InputError, check_folder, fingerprint, write_file, write_json
+from data.tokenizer import load_tokenizer

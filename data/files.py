@@ -1,0 +1,47 @@
+"""Files that are never half written, and the checks of what is read."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+
+
+class InputError(ValueError):
+    """Something the user gave (a file, a folder, its contents) cannot be used; the message says what and why."""
+
+
+def write_file(path, content):
+    """Write the bytes `content` to `path` all or not at all: beside it, to disk, then a rename."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write `value` as indented JSON."""
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def check_folder(folder):
+    """Make `folder` if need be and make sure that files can be written there, before hours are spent."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / ".writable", b"")
+    (folder / ".writable").unlink()
+
+
+def fingerprint(tensors):
+    """A short hash of {name: tensor}: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,595 @@
+"""Salience-aware sparse fine-tuning (SPEFT) of any PyTorch model, in one file.
+
+    scores = salience(model, "grad", batches, loss_fn)    # how much does every weight matter?
+    indices = select(scores, density=0.01, scope="global") # the mask: the top 1%
+    deltas = sparsify(model, indices)                      # freeze the model, train those entries
+    ...                                                    # any loop, any optimizer over `deltas`
+    adapter(model)                                         # what was learned, as a few numbers
+
+After Liu et al., "Refining Salience-Aware Sparse Fine-Tuning Strategies for Language Models", ACL 2025
+(arXiv 2412.13488). In the formulas θ is a weight, ℓ the mean loss over the scoring samples, g = ∂ℓ/∂θ.
+"""
+
+import collections
+import contextlib
+import math
+import struct
+
+import torch
+import torch.nn as nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+# ----------------------------------------------------------------------------------------------------------
+# 1. Salience: a score for every weight
+
+
+def salience(model, metric, batches, loss_fn, layers=None):
+    """Score every weight of the chosen linear layers (paper, section 3).
+
+    metric: a key of METRICS. batches: tuples of tensors (B, ...), the model's input first. loss_fn(model,
+    batch): the samples' losses (B,) or their mean. layers: a predicate on module names; default all.
+    Returns {module name: float32 score of the weight's shape}; scores too large or too small for float32 are
+    all multiplied by one power of two. The model is left exactly as it was found.
+    Raises ValueError for an unknown metric, no matching layer, missing data, or a score that is not finite.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}: choose from {', '.join(METRICS)}")
+    modules = linear_layers(model, layers)
+    if not modules:
+        raise ValueError("no linear layer to score: none matches `layers`, or every weight is shared")
+    batches = list(batches or ())
+    if not batches and metric not in DATA_FREE:
+        raise ValueError(f"metric {metric!r} needs data, and `batches` is empty")
+    for module in modules.values():
+        if isinstance(module, SparseLinear):
+            module.sync()
+    weights = {name: module.weight for name, module in modules.items()}
+    random_state = contextlib.nullcontext() if metric == "random" else torch.random.fork_rng()
+    with random_state, torch.enable_grad(), _left_as_found(model):
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        scores = METRICS[metric](model, weights, batches, loss_fn)
+    for name, score in scores.items():
+        if not score.isfinite().all():
+            raise ValueError(f"metric {metric!r}: layer {name!r} has a score that is not finite")
+    return _to_float32({name: score.detach() for name, score in scores.items()})
+
+
+def linear_layers(model, layers=None):
+    """{name: module} of the linear layers that can be scored and sparsified.
+
+    These are the modules whose type is exactly nn.Linear or SparseLinear and whose weight is theirs alone: a
+    correction of an output head that is tied to the embedding would change the embedding.
+    """
+    owners = collections.Counter(p.data_ptr() for m in model.modules() for p in m.parameters(recurse=False))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, SparseLinear)
+        and owners[module.weight.data_ptr()] == 1
+        and (layers is None or layers(name))
+    }
+
+
+@contextlib.contextmanager
+def _left_as_found(model):
+    """Eval mode, no gradients and nothing that requires one; afterwards all is as it was, bit for bit."""
+    training = {module: module.training for module in model.modules()}
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    model.eval()
+    for p, _, _ in parameters:
+        p.requires_grad_(False)
+        p.grad = None
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for p, requires_grad, grad in parameters:
+            p.requires_grad_(requires_grad)
+            p.grad = grad
+        for buffer, content in buffers:
+            buffer.data.copy_(content)
+
+
+def _to_float32(scores):
+    """As float32; where the largest would overflow or vanish, all are multiplied by one power of two."""
+    exponent = math.frexp(max(score.abs().max().item() for score in scores.values()))[1]
+    scale = 1.0 if -125 <= exponent <= 127 else 2.0 ** (127 - exponent)
+    return {name: (score.detach() * scale).float() for name, score in scores.items()}
+
+
+def _zeros(weights):
+    """An accumulator for every weight, by name: float32, or float64 where the weight is."""
+    widest = [torch.promote_types(w.dtype, torch.float32) for w in weights.values()]
+    return {name: torch.zeros(w.shape, dtype=dtype, device=w.device)
+            for (name, w), dtype in zip(weights.items(), widest)}  # fmt: skip
+
+
+def _loss_sum(model, batch, loss_fn):
+    """The sum of the samples' losses, whether loss_fn returns them one by one or their mean."""
+    loss = loss_fn(model, batch)
+    return loss.sum() if loss.dim() else loss * len(batch[0])
+
+
+def _count(batches):
+    return sum(len(batch[0]) for batch in batches)
+
+
+def _sum_over_gradients(function, model, weights, batches, loss_fn):
+    """Σ function(∂ℓ/∂θ) over the batches, by name, with ℓ the sum of a batch's losses.
+
+    Every gradient is used and freed as soon as the backward pass has produced it: memory holds the sums and
+    one layer's gradient.
+    """
+    total = _zeros(weights)
+    place = {weight: total[name] for name, weight in weights.items()}
+
+    def consume(weight):
+        place[weight].add_(function(weight.grad))
+        weight.grad = None
+
+    handles = [weight.register_post_accumulate_grad_hook(consume) for weight in place]
+    try:
+        for batch in batches:
+            _loss_sum(model, batch, loss_fn).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total
+
+
+def _mean_gradient(model, weights, batches, loss_fn):
+    """g, the gradient of the mean loss over all samples of all batches: one backward pass a batch."""
+    count = _count(batches)
+    return _sum_over_gradients(lambda gradient: gradient / count, model, weights, batches, loss_fn)
+
+
+def _gradient_times_weight(model, weights, batches, loss_fn):
+    """g ⊙ θ, rounded once, so that all metrics made from it agree on which entries tie."""
+    g = _mean_gradient(model, weights, batches, loss_fn)
+    return {name: g[name].mul_(w.detach()) for name, w in weights.items()}
+
+
+def random(model, weights, batches, loss_fn):
+    """Uniform in [0, 1): the control. Drawn on the CPU, so that every device gets the same mask."""
+    return {name: torch.rand(w.shape).to(w.device) for name, w in weights.items()}
+
+
+def magnitude(model, weights, batches, loss_fn):
+    """abs(θ)"""
+    return {name: w.detach().abs() for name, w in weights.items()}
+
+
+def grad(model, weights, batches, loss_fn):
+    """abs(g)"""
+    return {name: g.abs_() for name, g in _mean_gradient(model, weights, batches, loss_fn).items()}
+
+
+def snip(model, weights, batches, loss_fn):
+    """abs(g ⊙ θ)"""
+    return {name: p.abs_() for name, p in _gradient_times_weight(model, weights, batches, loss_fn).items()}
+
+
+def force(model, weights, batches, loss_fn):
+    """−g ⊙ θ"""
+    return {name: p.neg_() for name, p in _gradient_times_weight(model, weights, batches, loss_fn).items()}
+
+
+def taylor(model, weights, batches, loss_fn):
+    """(g ⊙ θ)²: ranks exactly like SNIP."""
+    return {name: p.square_() for name, p in _gradient_times_weight(model, weights, batches, loss_fn).items()}
+
+
+def grasp(model, weights, batches, loss_fn):
+    """−(H g) ⊙ θ, with H the Hessian of ℓ over all chosen layers jointly.
+
+    H g = ∂(∂ℓ/∂θ · g)/∂θ with g held constant: one pass over the batches for g, one for the product.
+    """
+    g = _mean_gradient(model, weights, batches, loss_fn)
+    product = _zeros(weights)
+    parameters = list(weights.values())
+    share = 1 / _count(batches)
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        for batch in batches:
+            loss = _loss_sum(model, batch, loss_fn) * share
+            first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+            slope = sum((part * g[name]).sum() for name, part in zip(weights, first))
+            if slope.requires_grad:  # else the loss is linear in the weights, and H is zero
+                second = torch.autograd.grad(slope, parameters, materialize_grads=True)
+                for name, part in zip(weights, second):
+                    product[name].add_(part)
+    return {name: product[name].mul_(w.detach()).neg_() for name, w in weights.items()}
+
+
+def fisher(model, weights, batches, loss_fn):
+    """E[g_n²], the mean over samples n of the squared gradient of that sample's loss."""
+    total = _squares_at_once(model, weights, batches, loss_fn)
+    if total is None:
+        total = _squares_one_by_one(model, weights, batches, loss_fn)
+    return {name: t.div_(_count(batches)) for name, t in total.items()}
+
+
+def _squares_one_by_one(model, weights, batches, loss_fn):
+    """Σ g_n² by its definition: a backward pass a sample."""
+    samples = (tuple(part[n : n + 1] for part in batch) for batch in batches for n in range(len(batch[0])))
+    return _sum_over_gradients(lambda gradient: gradient.float().square(), model, weights, samples, loss_fn)
+
+
+def _squares_at_once(model, weights, batches, loss_fn):
+    """Σ g_n² by a backward pass a batch, or None where that cannot be had.
+
+    A sample's gradient is dy_nᵀ x_n, the product of its own output gradients and inputs, and both are there in
+    the batch's backward pass. This takes a loss for every sample, and layers that are used once a pass, by
+    F.linear, on inputs whose first dimension is the sample.
+    """
+    total = _zeros(weights)
+    place = {weight: total[name] for name, weight in weights.items()}
+    for batch in batches:
+        with _PerSample(place, size=len(batch[0])) as per_sample:
+            loss = loss_fn(model, batch)
+        if loss.dim() == 0 or not per_sample.possible:
+            return None
+        loss.sum().backward()
+    return total
+
+
+class _PerSample(TorchFunctionMode):
+    """Sends F.linear with a scored weight through _SquaredGradient, and sees where that is not right."""
+
+    def __init__(self, place, size):
+        super().__init__()
+        self.place, self.size = place, size
+        self.used, self.possible = set(), True
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.linear or args[1] not in self.place:
+            return func(*args, **(kwargs or {}))
+        x, weight, bias = args
+        self.possible &= weight not in self.used and x.dim() > 1 and len(x) == self.size
+        if not self.possible:
+            return func(*args)
+        self.used.add(weight)
+        y = _SquaredGradient.apply(x.reshape(self.size, -1, x.size(-1)), weight, self.place[weight])
+        y = y.view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+
+
+class _SquaredGradient(torch.autograd.Function):
+    """y = x Wᵀ for x (B, T, in); the backward pass adds each sample's squared weight gradient to `total`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, total):
+        ctx.save_for_backward(x, weight, total)
+        return x @ weight.T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, total = ctx.saved_tensors
+        for x_n, dy_n in zip(x, dy):  # (T, in), (T, out)
+            total.data += (dy_n.T @ x_n).to(total.dtype).square_()
+        return dy @ weight, None, None
+
+
+def synflow(model, weights, batches, loss_fn):
+    """(∂R/∂θ) ⊙ θ, where R sums the outputs of the linearised network for an input of ones.
+
+    Data-free: of the batches only the input's shape is used.
+    """
+    example = batches[0][0]
+    if example.is_floating_point():
+        example = torch.ones_like(example[:1], dtype=torch.float64)
+    else:
+        example = example[:1, ..., :1] if example.dim() > 1 else example[:1]  # one sample, one position
+    positive = {w: w.detach().abs().double().requires_grad_() for w in weights.values()}
+    with _Linearised(positive):
+        output = model(example)
+    output = output[0] if isinstance(output, tuple) else output
+    gradients = torch.autograd.grad(output.sum(), list(positive.values()), materialize_grads=True)
+    return {name: g * positive[w].detach() for (name, w), g in zip(weights.items(), gradients)}
+
+
+class _Linearised(TorchFunctionMode):
+    """The network as SynFlow sees it, in float64: absolute weights, no biases, no non-linearity.
+
+    Activations, and attention over one position, pass their input on; an embedding looks up ones; a norm is
+    its gain. A product of two activations (a gated MLP) is their geometric mean, since a plain product would
+    square the signal in every block.
+    """
+
+    ACTIVATIONS = set("relu relu_ gelu silu tanh tanh_ sigmoid sigmoid_ leaky_relu elu celu selu mish relu6 "
+                      "softplus hardtanh hardswish hardsigmoid logsigmoid softsign prelu".split())  # fmt: skip
+    GAIN = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 3, "instance_norm": 3}  # its argument
+
+    def __init__(self, positive):
+        super().__init__()
+        self.positive = positive  # scored weight -> its absolute value, which collects the gradient
+
+    def absolute(self, weight):
+        return self.positive[weight] if weight in self.positive else weight.detach().abs().double()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.__name__, kwargs or {}
+        if name == "linear":
+            return F.linear(args[0], self.absolute(args[1]))
+        if name == "embedding":
+            return torch.ones_like(func(*args, **kwargs), dtype=torch.float64)
+        if name in self.ACTIVATIONS:
+            return args[0]
+        if name == "scaled_dot_product_attention":
+            return args[2]
+        if name in self.GAIN:
+            gain = kwargs.get("weight", (*args, None, None, None)[self.GAIN[name]])
+            if gain is None:
+                return args[0]
+            channels_last = name in ("layer_norm", "rms_norm")
+            return args[0] * self.absolute(gain if channels_last else gain.view(-1, *[1] * (args[0].dim() - 2)))
+        if name in ("mul", "__mul__", "multiply") and all(getattr(x, "requires_grad", False) for x in args):
+            return _root(args[0]) * _root(args[1])
+        return func(*args, **kwargs)
+
+
+def _root(x):
+    """√x, with the gradient zero at x = 0, where that of torch.sqrt is infinite."""
+    return torch.where(x > 0, torch.where(x > 0, x, 1).sqrt(), 0)
+
+
+METRICS = {f.__name__: f for f in (random, magnitude, grad, snip, force, taylor, synflow, grasp, fisher)}
+DATA_FREE = ("random", "magnitude")  # all others need batches, SynFlow for the input's shape
+
+# ----------------------------------------------------------------------------------------------------------
+# 2. Masks: which entries to train
+
+
+def select(scores, density, scope):
+    """Keep the top `density` of all scores: {name: score} -> {name: sorted flat indices, int64}.
+
+    scope: "global" ranks all layers together and keeps round(density * numel) in all; "local" keeps that of
+    each layer, at least one. Ties go to the earlier layer and the lower index; scores compare in float32.
+    Raises ValueError for a density outside (0, 1], a global count of zero, a score that is not a number.
+    """
+    if not (isinstance(density, (int, float)) and 0 < density <= 1):
+        raise ValueError(f"density must be in (0, 1], not {density!r}")
+    if scope not in ("global", "local"):
+        raise ValueError(f"scope must be 'global' or 'local', not {scope!r}")
+    groups = [scores] if scope == "global" else [{name: score} for name, score in scores.items()]
+    indices = {}
+    for group in groups:
+        count = round(density * sum(score.numel() for score in group.values()))
+        if scope == "global" and count == 0:
+            raise ValueError(f"a density of {density} keeps none of the weights")
+        indices |= _top({name: score.float().flatten() for name, score in group.items()}, max(1, count))
+    return indices
+
+
+def _top(scores, count):
+    """The flat indices of the `count` largest scores, without a concatenated copy of them.
+
+    The threshold, the count-th largest score, is found by bisection over all float32 values in their order:
+    at most 32 passes that only count.
+    """
+    low, high = ~0x7F800000, 0x7F800000  # the places of -infinity and infinity
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum((score >= _float_at(middle)).sum() for score in scores.values()) >= count:
+            low = middle
+        else:
+            high = middle - 1
+    threshold = _float_at(low)
+    ties = count - sum((score > threshold).sum().item() for score in scores.values())
+    indices = {}
+    for name, score in scores.items():
+        tied = (score == threshold).nonzero()[:ties]
+        indices[name] = torch.cat(((score > threshold).nonzero(), tied)).squeeze(1).sort().values
+        ties -= len(tied)
+    return indices
+
+
+def _float_at(place):
+    """The float32 value at `place` in the order of all: zero is at 0, negative values have negative places.
+
+    The bits of a float, read as an integer, are in this order up to its sign.
+    """
+    return struct.unpack("f", struct.pack("i", place if place >= 0 else place ^ 0x7FFFFFFF))[0]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3. Training the kept entries
+
+
+class SparseLinear(nn.Linear):
+    """A linear layer whose weight is frozen but for the entries `index`, corrected by the vector `delta`.
+
+    weight (out, in): the effective weight, corrected in place, so that a forward pass is one F.linear.
+    index (k,): the trained entries' flat positions, row-major and sorted. delta (k,): the trainable
+    correction, float32 whatever the weight's type, zero at first. An entry's effective value is
+        original + (carried + delta),
+    with `carried` what earlier masks had learned there. Entries that have left the mask are `past`.
+    """
+
+    BUFFERS = ("index", "original", "carried", "past_index", "past_original", "past_total")
+
+    def __init__(self, in_features, out_features, index, bias=True, device=None, dtype=None):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.requires_grad_(False)
+        self.begin().set_mask(index)
+
+    def begin(self):
+        """Hold an empty mask: the state in which a plain linear layer starts."""
+        self.weight.data = self.weight.data.contiguous()  # else there is no flat view
+        for name in self.BUFFERS:
+            dtype = {"index": torch.int64, "original": self.weight.dtype}.get(name.split("_")[-1], torch.float32)
+            self.register_buffer(name, torch.empty(0, dtype=dtype, device=self.weight.device))
+        self.delta = nn.Parameter(self.carried)
+        return self
+
+    def set_mask(self, index):
+        """Train the entries `index` from now on. What was learned stays in the weight, exactly."""
+        weight = self.weight.data.view(-1)
+        known, original, total = self.learned()
+        weight[known] = original  # for a moment the layer is its original self
+        correction = torch.zeros(weight.shape, device=weight.device)
+        correction[known] = total
+        self.index = index.to(weight.device, torch.int64)
+        self.original, self.carried = weight[self.index], correction[self.index]
+        self.past_index = known[~torch.isin(known, self.index)]
+        self.past_original, self.past_total = weight[self.past_index], correction[self.past_index]
+        weight[known] = (original + total).to(weight.dtype)
+        self.delta = nn.Parameter(torch.zeros_like(self.carried))
+
+    def learned(self):
+        """(index, original, total correction) of every entry ever trained, sorted by index."""
+        self.sync()
+        index, order = torch.cat((self.index, self.past_index)).sort()
+        original = torch.cat((self.original, self.past_original))
+        total = torch.cat((self.carried + self.delta.detach(), self.past_total))
+        return index, original[order], total[order]
+
+    def sync(self):
+        """Make the weight right, however `delta` was changed: k entries, cheap enough for every forward pass.
+
+        Through .data: a backward pass that is still to come saw the same values, so autograd need not know.
+        """
+        values = self.original + (self.carried + self.delta.detach())  # in float32 or wider
+        self.weight.data.view(-1).index_copy_(0, self.index, values.to(self.weight.dtype))
+
+    def forward(self, x):
+        self.sync()
+        if self.weight.requires_grad or not self.delta.requires_grad:  # being scored, or frozen
+            return F.linear(x, self.weight, self.bias)
+        y = _SparseGradient.apply(x.reshape(-1, self.in_features), self.weight, self.bias, self.delta, self.index)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def plain(self):
+        """Become an nn.Linear again, with the weight as it stands."""
+        for name in ("delta", *self.BUFFERS):
+            delattr(self, name)
+        self.__class__ = nn.Linear
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.sync()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _apply(self, fn, recurse=True):
+        # .to(torch.bfloat16) means the weights; corrections move along, but stay float32.
+        corrections = (self.delta, self.delta.grad, self.carried, self.past_total)
+
+        def keep_float32(tensor):
+            out = fn(tensor)
+            return tensor.to(out.device) if any(tensor is c for c in corrections) else out
+
+        return super()._apply(keep_float32, recurse)
+
+
+class _SparseGradient(torch.autograd.Function):
+    """y = x Wᵀ + b for x (N, in); the gradient of W is gathered at `index` for delta, and freed."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, delta, index):
+        ctx.save_for_backward(x, weight, index)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, index = ctx.saved_tensors
+        needs_x, _, needs_bias, _, _ = ctx.needs_input_grad
+        dx = dy @ weight.to(dy.dtype) if needs_x else None  # under autocast dy is narrower than the weight
+        dbias = dy.sum(0) if needs_bias else None
+        ddelta = (dy.T @ x.to(dy.dtype)).view(-1)[index].float()
+        return dx, None, dbias, ddelta, None
+
+
+def sparsify(model, indices):
+    """Make the named linear layers SparseLinears in place, freeze everything else, return the non-empty deltas.
+
+    indices: {module name: sorted flat indices (k,)}, as `select` returns it.
+    Raises ValueError, before anything is changed, for a name or an index that does not fit.
+    """
+    modules = linear_layers(model)
+    for name, index in indices.items():
+        _check_index(modules, name, index)
+    model.requires_grad_(False)
+    for name, index in indices.items():
+        # The module stays the same object, whoever refers to it; only its class and what it holds change.
+        if type(modules[name]) is nn.Linear:
+            modules[name].__class__ = SparseLinear
+            modules[name].begin()
+        modules[name].set_mask(index)
+    return [modules[name].delta for name in indices if modules[name].delta.numel()]
+
+
+def remask(model, indices):
+    """The dynamic step: what was learned stays, the new mask starts from zero deltas. Arguments as `sparsify`.
+
+    Returns the new deltas; the old ones are no longer part of the model, so make a new optimizer.
+    """
+    emptied = {name: torch.empty(0, dtype=torch.int64) for name, _ in _sparse_layers(model)}
+    return sparsify(model, emptied | indices)
+
+
+def _sparse_layers(model):
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+
+
+def _check_index(modules, name, index):
+    if name not in modules:
+        raise ValueError(f"the model has no linear layer {name!r} of its own weight")
+    size = modules[name].weight.numel()
+    if not isinstance(index, torch.Tensor) or index.dtype not in (torch.int32, torch.int64) or index.dim() != 1:
+        raise ValueError(f"layer {name!r}: the indices must be a vector of int32 or int64")
+    if len(index) and not (index[0] >= 0 and index[-1] < size and (index[1:] > index[:-1]).all()):
+        raise ValueError(f"layer {name!r}: the indices must be sorted, distinct and below {size}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 4. What was learned: out of a model, onto a model, into its weights
+
+
+def adapter(model):
+    """Everything learned: {module name: (flat indices int64 (m,), float32 corrections (m,), weight's shape)}.
+
+    Over remasks it is the union of all masks.
+    """
+    state = {}
+    for name, module in _sparse_layers(model):
+        index, _, total = module.learned()
+        state[name] = index, total, tuple(module.weight.shape)
+    return state
+
+
+def load_adapter(model, state):
+    """Put what `adapter` returned onto its base, with bit-equal outputs and ready to train on.
+
+    An adapter that the model already carries is taken off first. Returns the non-empty deltas.
+    Raises ValueError, before anything is changed, where the state does not fit the model.
+    """
+    modules = linear_layers(model)
+    for name, (index, values, shape) in state.items():
+        _check_index(modules, name, index)
+        if tuple(shape) != modules[name].weight.shape:
+            raise ValueError(f"layer {name!r} is {tuple(modules[name].weight.shape)}, its adapter {tuple(shape)}")
+        if values.dtype != torch.float32 or values.shape != index.shape or not values.isfinite().all():
+            raise ValueError(f"layer {name!r}: the corrections must be finite float32, one an index")
+    for _, module in _sparse_layers(model):
+        index, original, _ = module.learned()
+        module.weight.data.view(-1)[index] = original
+        module.plain()
+    deltas = sparsify(model, {name: index for name, (index, _, _) in state.items()})
+    for name, (_, values, _) in state.items():
+        modules[name].delta.data.copy_(values)
+        modules[name].sync()
+    return deltas
+
+
+def merge(model):
+    """Turn every SparseLinear into a plain nn.Linear with the corrected weight; returns the model."""
+    for _, module in _sparse_layers(model):
+        module.sync()
+        module.plain()
+    return model
