@@ -55,7 +55,7 @@ def salience(model, metric, batches, loss_fn, layers=None):
     for name, score in scores.items():
         if not score.isfinite().all():
             raise ValueError(f"metric {metric!r}: layer {name!r} has a score that is not finite")
-    return _to_float32({name: score.detach() for name, score in scores.items()})
+    return {name: score.detach().float() for name, score in _in_range(scores).items()}
 
 
 def linear_layers(model, layers=None):
@@ -77,37 +77,36 @@ def linear_layers(model, layers=None):
 @contextlib.contextmanager
 def _left_as_found(model):
     """Eval mode, no gradients and nothing that requires one; afterwards all is as it was, bit for bit."""
-    training = {module: module.training for module in model.modules()}
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    found = []
+    for module in model.modules():
+        found += [(module, "training", module.training), *((module, *b) for b in module.named_buffers(recurse=False))]
+    for parameter in model.parameters():
+        found += [(parameter, name, getattr(parameter, name)) for name in ("requires_grad", "grad")]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    model.eval()
-    for p, _, _ in parameters:
-        p.requires_grad_(False)
-        p.grad = None
+    model.eval().requires_grad_(False)
+    model.zero_grad()
     try:
         yield
     finally:
-        for module, flag in training.items():
-            module.training = flag
-        for p, requires_grad, grad in parameters:
-            p.requires_grad_(requires_grad)
-            p.grad = grad
+        for owner, name, value in found:
+            setattr(owner, name, value)
         for buffer, content in buffers:
             buffer.data.copy_(content)
 
 
-def _to_float32(scores):
-    """As float32; where the largest would overflow or vanish, all are multiplied by one power of two."""
-    exponent = math.frexp(max(score.abs().max().item() for score in scores.values()))[1]
-    scale = 1.0 if -125 <= exponent <= 127 else 2.0 ** (127 - exponent)
-    return {name: (score.detach() * scale).float() for name, score in scores.items()}
+def _in_range(scores, power=1):
+    """The scores; all multiplied by one power of two if the largest, to this power, would not be a float32."""
+    largest = max(score.abs().max().item() for score in scores.values())
+    exponent = power * math.frexp(largest)[1]
+    if -125 <= exponent <= 127:
+        return scores
+    scale = 2.0 ** min((127 - exponent) // power, 1023)
+    return {name: score.double() * scale for name, score in scores.items()}
 
 
 def _zeros(weights):
-    """An accumulator for every weight, by name: float32, or float64 where the weight is."""
-    widest = [torch.promote_types(w.dtype, torch.float32) for w in weights.values()]
-    return {name: torch.zeros(w.shape, dtype=dtype, device=w.device)
-            for (name, w), dtype in zip(weights.items(), widest)}  # fmt: skip
+    """An accumulator for every weight: float32, or float64 where the weight is."""
+    return {w: torch.zeros_like(w.detach(), dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights.values()}
 
 
 def _loss_sum(model, batch, loss_fn):
@@ -120,39 +119,37 @@ def _count(batches):
     return sum(len(batch[0]) for batch in batches)
 
 
-def _sum_over_gradients(function, model, weights, batches, loss_fn):
-    """Σ function(∂ℓ/∂θ) over the batches, by name, with ℓ the sum of a batch's losses.
+def _backward(consume, model, weights, batches, loss_fn):
+    """A backward pass a batch, from the sum of its losses, that hands each gradient to consume(weight, gradient).
 
-    Every gradient is used and freed as soon as the backward pass has produced it: memory holds the sums and
-    one layer's gradient.
+    Every gradient is used and freed as soon as it has been produced: memory holds one layer's at a time.
     """
-    total = _zeros(weights)
-    place = {weight: total[name] for name, weight in weights.items()}
 
-    def consume(weight):
-        place[weight].add_(function(weight.grad))
+    def hook(weight):
+        consume(weight, weight.grad)
         weight.grad = None
 
-    handles = [weight.register_post_accumulate_grad_hook(consume) for weight in place]
+    handles = [weight.register_post_accumulate_grad_hook(hook) for weight in weights.values()]
     try:
         for batch in batches:
             _loss_sum(model, batch, loss_fn).backward()
     finally:
         for handle in handles:
             handle.remove()
-    return total
 
 
 def _mean_gradient(model, weights, batches, loss_fn):
-    """g, the gradient of the mean loss over all samples of all batches: one backward pass a batch."""
-    count = _count(batches)
-    return _sum_over_gradients(lambda gradient: gradient / count, model, weights, batches, loss_fn)
+    """g, the gradient of the mean loss over all samples of all batches, by weight: one backward pass a batch."""
+    mean, share = _zeros(weights), 1 / _count(batches)
+    _backward(lambda w, gradient: mean[w].add_(gradient, alpha=share), model, weights, batches, loss_fn)
+    return mean
 
 
 def _gradient_times_weight(model, weights, batches, loss_fn):
-    """g ⊙ θ, rounded once, so that all metrics made from it agree on which entries tie."""
+    """{name: g ⊙ θ}, rounded to float32 once, so that all metrics made from it agree on which entries tie."""
     g = _mean_gradient(model, weights, batches, loss_fn)
-    return {name: g[name].mul_(w.detach()) for name, w in weights.items()}
+    product = _in_range({name: g[w].mul_(w.detach()) for name, w in weights.items()})
+    return {name: p.float() for name, p in product.items()}
 
 
 def random(model, weights, batches, loss_fn):
@@ -167,7 +164,8 @@ def magnitude(model, weights, batches, loss_fn):
 
 def grad(model, weights, batches, loss_fn):
     """abs(g)"""
-    return {name: g.abs_() for name, g in _mean_gradient(model, weights, batches, loss_fn).items()}
+    g = _mean_gradient(model, weights, batches, loss_fn)
+    return {name: g[w].abs_() for name, w in weights.items()}
 
 
 def snip(model, weights, batches, loss_fn):
@@ -182,7 +180,8 @@ def force(model, weights, batches, loss_fn):
 
 def taylor(model, weights, batches, loss_fn):
     """(g ⊙ θ)²: ranks exactly like SNIP."""
-    return {name: p.square_() for name, p in _gradient_times_weight(model, weights, batches, loss_fn).items()}
+    product = _gradient_times_weight(model, weights, batches, loss_fn)
+    return {name: p.square_() for name, p in _in_range(product, power=2).items()}
 
 
 def grasp(model, weights, batches, loss_fn):
@@ -192,69 +191,65 @@ def grasp(model, weights, batches, loss_fn):
     """
     g = _mean_gradient(model, weights, batches, loss_fn)
     product = _zeros(weights)
-    parameters = list(weights.values())
-    share = 1 / _count(batches)
+    count = _count(batches)
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         for batch in batches:
-            loss = _loss_sum(model, batch, loss_fn) * share
-            first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-            slope = sum((part * g[name]).sum() for name, part in zip(weights, first))
+            loss = _loss_sum(model, batch, loss_fn) / count
+            first = torch.autograd.grad(loss, list(g), create_graph=True, materialize_grads=True)
+            slope = sum((part * g[w]).sum() for w, part in zip(g, first))
             if slope.requires_grad:  # else the loss is linear in the weights, and H is zero
-                second = torch.autograd.grad(slope, parameters, materialize_grads=True)
-                for name, part in zip(weights, second):
-                    product[name].add_(part)
-    return {name: product[name].mul_(w.detach()).neg_() for name, w in weights.items()}
+                for w, part in zip(g, torch.autograd.grad(slope, list(g), materialize_grads=True)):
+                    product[w].add_(part)
+    return {name: product[w].mul_(w.detach()).neg_() for name, w in weights.items()}
 
 
 def fisher(model, weights, batches, loss_fn):
-    """E[g_n²], the mean over samples n of the squared gradient of that sample's loss."""
-    total = _squares_at_once(model, weights, batches, loss_fn)
-    if total is None:
-        total = _squares_one_by_one(model, weights, batches, loss_fn)
-    return {name: t.div_(_count(batches)) for name, t in total.items()}
+    """E[g_n²], the mean over samples n of the squared gradient of that sample's loss.
 
-
-def _squares_one_by_one(model, weights, batches, loss_fn):
-    """Σ g_n² by its definition: a backward pass a sample."""
-    samples = (tuple(part[n : n + 1] for part in batch) for batch in batches for n in range(len(batch[0])))
-    return _sum_over_gradients(lambda gradient: gradient.float().square(), model, weights, samples, loss_fn)
-
-
-def _squares_at_once(model, weights, batches, loss_fn):
-    """Σ g_n² by a backward pass a batch, or None where that cannot be had.
-
-    A sample's gradient is dy_nᵀ x_n, the product of its own output gradients and inputs, and both are there in
-    the batch's backward pass. This takes a loss for every sample, and layers that are used once a pass, by
-    F.linear, on inputs whose first dimension is the sample.
+    By definition that is a backward pass a sample. One a batch is enough where a sample's gradient is the
+    product dy_nᵀ x_n of its own output gradients and inputs, which are both there in the batch's backward pass:
+    for F.linear once a pass, with the samples first, and a loss a sample. The largest batch is done both ways;
+    where they differ the definition is right.
     """
-    total = _zeros(weights)
-    place = {weight: total[name] for name, weight in weights.items()}
-    for batch in batches:
-        with _PerSample(place, size=len(batch[0])) as per_sample:
-            loss = loss_fn(model, batch)
-        if loss.dim() == 0 or not per_sample.possible:
-            return None
-        loss.sum().backward()
-    return total
+    batches = sorted(batches, key=lambda batch: -len(batch[0]))
+    total, norm = _zeros(weights), dict.fromkeys(weights.values(), 0.0)
+
+    def add_square(w, gradient):
+        total[w].add_(gradient.to(total[w].dtype).square())
+
+    def add_norm(w, gradient):
+        norm[w] += gradient.float().norm().item() ** 2
+
+    def samples(batches):
+        return (tuple(part[n : n + 1] for part in batch) for batch in batches for n in range(len(batch[0])))
+
+    _backward(add_norm, model, weights, samples(batches[:1]), loss_fn)
+    for number, batch in enumerate(batches):
+        with _PerSample(total, size=len(batch[0])):
+            loss = _loss_sum(model, batch, loss_fn)
+        loss.backward()
+        model.zero_grad()  # what has come by another way than _PerSample
+        tolerance = torch.finfo(loss.dtype).eps ** 0.5
+        if number == 0 and any(abs(total[w].sum() - norm[w]) > tolerance * norm[w] for w in total):
+            for t in total.values():
+                t.zero_()
+            _backward(add_square, model, weights, samples(batches), loss_fn)
+            break
+    return {name: total[w].div_(_count(batches)) for name, w in weights.items()}
 
 
 class _PerSample(TorchFunctionMode):
-    """Sends F.linear with a scored weight through _SquaredGradient, and sees where that is not right."""
+    """Sends F.linear of (size, ..., in) with a scored weight through _SquaredGradient."""
 
-    def __init__(self, place, size):
+    def __init__(self, total, size):
         super().__init__()
-        self.place, self.size = place, size
-        self.used, self.possible = set(), True
+        self.total, self.size = total, size
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not F.linear or args[1] not in self.place:
+        if func is not F.linear or len(args) < 3 or args[1] not in self.total or len(args[0]) != self.size:
             return func(*args, **(kwargs or {}))
         x, weight, bias = args
-        self.possible &= weight not in self.used and x.dim() > 1 and len(x) == self.size
-        if not self.possible:
-            return func(*args)
-        self.used.add(weight)
-        y = _SquaredGradient.apply(x.reshape(self.size, -1, x.size(-1)), weight, self.place[weight])
+        y = _SquaredGradient.apply(x.reshape(self.size, -1, x.size(-1)), weight, self.total[weight])
         y = y.view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
 
@@ -283,7 +278,7 @@ def synflow(model, weights, batches, loss_fn):
     """
     example = batches[0][0]
     if example.is_floating_point():
-        example = torch.ones_like(example[:1], dtype=torch.float64)
+        example = torch.ones_like(example[:1], dtype=torch.float64, requires_grad=True)
     else:
         example = example[:1, ..., :1] if example.dim() > 1 else example[:1]  # one sample, one position
     positive = {w: w.detach().abs().double().requires_grad_() for w in weights.values()}
@@ -304,7 +299,8 @@ class _Linearised(TorchFunctionMode):
 
     ACTIVATIONS = set("relu relu_ gelu silu tanh tanh_ sigmoid sigmoid_ leaky_relu elu celu selu mish relu6 "
                       "softplus hardtanh hardswish hardsigmoid logsigmoid softsign prelu".split())  # fmt: skip
-    GAIN = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 3, "instance_norm": 3}  # its argument
+    PRODUCTS = set("mul mul_ multiply multiply_ __mul__ __rmul__ __imul__".split())
+    GAINS = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 3, "instance_norm": 3}  # argument
 
     def __init__(self, positive):
         super().__init__()
@@ -315,22 +311,25 @@ class _Linearised(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.__name__, kwargs or {}
+        given = (*args, *kwargs.values())  # functions are called with and without keywords
         if name == "linear":
-            return F.linear(args[0], self.absolute(args[1]))
+            return F.linear(given[0], self.absolute(given[1]))
         if name == "embedding":
-            return torch.ones_like(func(*args, **kwargs), dtype=torch.float64)
-        if name in self.ACTIVATIONS:
-            return args[0]
+            return torch.ones_like(func(*args, **kwargs), dtype=torch.float64, requires_grad=True)
         if name == "scaled_dot_product_attention":
-            return args[2]
-        if name in self.GAIN:
-            gain = kwargs.get("weight", (*args, None, None, None)[self.GAIN[name]])
-            if gain is None:
-                return args[0]
-            channels_last = name in ("layer_norm", "rms_norm")
-            return args[0] * self.absolute(gain if channels_last else gain.view(-1, *[1] * (args[0].dim() - 2)))
-        if name in ("mul", "__mul__", "multiply") and all(getattr(x, "requires_grad", False) for x in args):
-            return _root(args[0]) * _root(args[1])
+            return given[2]
+        if name in self.ACTIVATIONS:
+            return given[0]
+        if name in self.GAINS:
+            gain = given[self.GAINS[name]] if len(given) > self.GAINS[name] else None
+            if not isinstance(gain, torch.Tensor):
+                return given[0]
+            per_channel = name not in ("layer_norm", "rms_norm")  # of dimension 1, not of the last
+            return given[0] * self.absolute(gain.view(-1, *[1] * (given[0].dim() - 2)) if per_channel else gain)
+        if name in self.PRODUCTS and all(isinstance(factor, torch.Tensor) for factor in given):
+            a, b = (self.absolute(factor) if isinstance(factor, nn.Parameter) else factor for factor in given)
+            both_flow = a.requires_grad and b.requires_grad
+            return _root(a) * _root(b) if both_flow else a * b
         return func(*args, **kwargs)
 
 
@@ -357,6 +356,8 @@ def select(scores, density, scope):
         raise ValueError(f"density must be in (0, 1], not {density!r}")
     if scope not in ("global", "local"):
         raise ValueError(f"scope must be 'global' or 'local', not {scope!r}")
+    if any(score.isnan().any() for score in scores.values()):
+        raise ValueError("a score is not a number")
     groups = [scores] if scope == "global" else [{name: score} for name, score in scores.items()]
     indices = {}
     for group in groups:
@@ -417,29 +418,26 @@ class SparseLinear(nn.Linear):
     def __init__(self, in_features, out_features, index, bias=True, device=None, dtype=None):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.requires_grad_(False)
-        self.begin().set_mask(index)
-
-    def begin(self):
-        """Hold an empty mask: the state in which a plain linear layer starts."""
-        self.weight.data = self.weight.data.contiguous()  # else there is no flat view
-        for name in self.BUFFERS:
-            dtype = {"index": torch.int64, "original": self.weight.dtype}.get(name.split("_")[-1], torch.float32)
-            self.register_buffer(name, torch.empty(0, dtype=dtype, device=self.weight.device))
-        self.delta = nn.Parameter(self.carried)
-        return self
+        self.set_mask(index)
 
     def set_mask(self, index):
         """Train the entries `index` from now on. What was learned stays in the weight, exactly."""
+        if "index" not in self._buffers:  # a plain linear layer until now: it starts with an empty mask
+            self.weight.data = self.weight.data.contiguous()  # else there is no flat view
+            for name in self.BUFFERS:
+                dtype = {"index": torch.int64, "original": self.weight.dtype}.get(name.split("_")[-1], torch.float32)
+                self.register_buffer(name, torch.empty(0, dtype=dtype, device=self.weight.device))
+            self.delta = nn.Parameter(self.carried)
         weight = self.weight.data.view(-1)
         known, original, total = self.learned()
         weight[known] = original  # for a moment the layer is its original self
-        correction = torch.zeros(weight.shape, device=weight.device)
+        correction = torch.zeros_like(weight, dtype=torch.float32)
         correction[known] = total
         self.index = index.to(weight.device, torch.int64)
         self.original, self.carried = weight[self.index], correction[self.index]
         self.past_index = known[~torch.isin(known, self.index)]
         self.past_original, self.past_total = weight[self.past_index], correction[self.past_index]
-        weight[known] = (original + total).to(weight.dtype)
+        self.write(known, original, total)
         self.delta = nn.Parameter(torch.zeros_like(self.carried))
 
     def learned(self):
@@ -451,12 +449,13 @@ class SparseLinear(nn.Linear):
         return index, original[order], total[order]
 
     def sync(self):
-        """Make the weight right, however `delta` was changed: k entries, cheap enough for every forward pass.
+        """Make the weight right, however `delta` was changed: k entries, cheap enough for every forward pass."""
+        self.write(self.index, self.original, self.carried + self.delta.detach())
 
-        Through .data: a backward pass that is still to come saw the same values, so autograd need not know.
-        """
-        values = self.original + (self.carried + self.delta.detach())  # in float32 or wider
-        self.weight.data.view(-1).index_copy_(0, self.index, values.to(self.weight.dtype))
+    def write(self, index, original, total):
+        # Through .data: a backward pass that is still to come saw the same values, so autograd need not know.
+        values = (original + total).to(self.weight.dtype)  # the sum in float32 or wider
+        self.weight.data.view(-1).index_copy_(0, index, values)
 
     def forward(self, x):
         self.sync()
@@ -477,13 +476,10 @@ class SparseLinear(nn.Linear):
 
     def _apply(self, fn, recurse=True):
         # .to(torch.bfloat16) means the weights; corrections move along, but stay float32.
-        corrections = (self.delta, self.delta.grad, self.carried, self.past_total)
-
-        def keep_float32(tensor):
-            out = fn(tensor)
-            return tensor.to(out.device) if any(tensor is c for c in corrections) else out
-
-        return super()._apply(keep_float32, recurse)
+        exact = (self.delta, self.delta.grad, self.carried, self.past_total)
+        super()._apply(lambda t: t.to(fn(t).device) if any(t is e for e in exact) else fn(t), recurse)
+        self.write(self.past_index, self.past_original, self.past_total)  # round the sum, not the rounded sum
+        return self
 
 
 class _SparseGradient(torch.autograd.Function):
@@ -517,9 +513,7 @@ def sparsify(model, indices):
     model.requires_grad_(False)
     for name, index in indices.items():
         # The module stays the same object, whoever refers to it; only its class and what it holds change.
-        if type(modules[name]) is nn.Linear:
-            modules[name].__class__ = SparseLinear
-            modules[name].begin()
+        modules[name].__class__ = SparseLinear
         modules[name].set_mask(index)
     return [modules[name].delta for name in indices if modules[name].delta.numel()]
 
@@ -539,12 +533,11 @@ def _sparse_layers(model):
 
 def _check_index(modules, name, index):
     if name not in modules:
-        raise ValueError(f"the model has no linear layer {name!r} of its own weight")
+        raise ValueError(f"the model has no linear layer {name!r} with a weight of its own")
     size = modules[name].weight.numel()
-    if not isinstance(index, torch.Tensor) or index.dtype not in (torch.int32, torch.int64) or index.dim() != 1:
-        raise ValueError(f"layer {name!r}: the indices must be a vector of int32 or int64")
-    if len(index) and not (index[0] >= 0 and index[-1] < size and (index[1:] > index[:-1]).all()):
-        raise ValueError(f"layer {name!r}: the indices must be sorted, distinct and below {size}")
+    fits = index.dtype in (torch.int32, torch.int64) and index.dim() == 1
+    if not fits or len(index) and not (0 <= index[0] and index[-1] < size and (index[1:] > index[:-1]).all()):
+        raise ValueError(f"layer {name!r}: indices must be a sorted vector of different integers below {size}")
 
 
 # ----------------------------------------------------------------------------------------------------------

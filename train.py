@@ -4,79 +4,100 @@
 """
 
 import argparse
+import collections
 import math
 import platform
+import re
 import resource
 import signal
 import sys
 import time
 from pathlib import Path
 
+import numpy
 import torch
 
 import data
 import speft
 from model import GPT, GPTConfig
 
+POSITIVE = lambda x: 0 < x < math.inf  # noqa: E731
+NOT_NEGATIVE = lambda x: 0 <= x < math.inf  # noqa: E731
+FRACTION = lambda x: 0 <= x <= 1  # noqa: E731
 
-def number(kind, least=-math.inf, above=-math.inf, most=math.inf):
-    """An argparse type: a number of `kind` (int or float) in the given range."""
-
-    def parse(text):
-        value = kind(text)
-        if not (least <= value <= most and above < value < math.inf):
-            raise argparse.ArgumentTypeError(f"{text} is out of range")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names the type when `kind` cannot read the text
-    return parse
+FLAGS = {  # name: (default, the values allowed, help)
+    "metric": ("grad", list(speft.METRICS), "how weights are scored"),
+    "density": (0.01, lambda x: 0 < x <= 1, "share of the linear layers' weights to train"),
+    "scope": ("global", ["global", "local"], "rank the weights of the whole model, or of each layer"),
+    "mask": ("static", ["static", "dynamic"], "score once, or again every --refresh steps"),
+    "refresh": (40, POSITIVE, "steps between the masks of --mask dynamic"),
+    "method": ("sparse", ["sparse", "full", "none"], "what to train: a mask, every weight, or nothing"),
+    "model": ("base", None, "base (shipped), scratch (random weights), or a checkpoint"),
+    "data": ("prose", None, "prose or stdlib"),
+    "layers": ("", None, "regular expression: train only linear layers whose name it matches"),
+    "score-examples": (256, POSITIVE, "training examples to score with"),
+    "steps": (120, NOT_NEGATIVE, "optimizer steps"),
+    "batch-size": (16, POSITIVE, "examples a step"),
+    "seq-len": (256, POSITIVE, "longest example, in tokens"),
+    "lr": (3e-3, POSITIVE, "peak learning rate"),
+    "warmup": (0.03, FRACTION, "share of the steps in which the learning rate rises"),
+    "weight-decay": (0.0, NOT_NEGATIVE, "AdamW's weight decay"),
+    "clip": (1.0, POSITIVE, "largest norm of the gradient"),
+    "eval-every": (40, POSITIVE, "steps between validations"),
+    "eval-examples": (64, POSITIVE, "held-out examples that an evaluation reads"),
+    "seed": (0, NOT_NEGATIVE, "of the data order and of random numbers"),
+    "device": ("cuda" if torch.cuda.is_available() else "cpu", ["cpu", "cuda"], "where to compute"),
+    "dtype": ("float32", ["float32", "bfloat16"], "type of the weights; corrections are always float32"),
+    "out": ("out", None, "folder for the results"),
+}
 
 
 def parse_args(argv):
-    """Read the command line; a wrong flag ends the program with exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    add = parser.add_argument
-    add("--metric", default="grad", choices=list(speft.METRICS), help="how weights are scored")
-    add("--density", default=0.01, type=number(float, above=0, most=1), help="share of the weights to train")
-    add("--scope", default="global", choices=["global", "local"], help="rank the whole model or each layer")
-    add("--mask", default="static", choices=["static", "dynamic"], help="score once, or every --refresh steps")
-    add("--refresh", default=50, type=number(int, least=1), help="steps between the masks of --mask dynamic")
-    add("--method", default="sparse", choices=["sparse", "full", "none"], help="what is trained")
-    add("--model", default="base", help="base (shipped), scratch (random weights) or a checkpoint folder")
-    add("--data", default="prose", help="prose or stdlib")
-    add("--layers", default="", help="regular expression: the linear layers that may be trained")
-    add("--score-examples", default=256, type=number(int, least=1), help="training examples to score with")
-    add("--steps", default=120, type=number(int, least=0), help="optimizer steps")
-    add("--batch-size", default=16, type=number(int, least=1), help="examples a step")
-    add("--seq-len", default=256, type=number(int, least=1), help="tokens an example")
-    add("--lr", default=3e-3, type=number(float, above=0), help="peak learning rate")
-    add("--warmup", default=0.03, type=number(float, least=0, most=1), help="share of the steps to warm up")
-    add("--weight-decay", default=0.0, type=number(float, least=0), help="AdamW's decay")
-    add("--clip", default=1.0, type=number(float, above=0), help="largest norm of the gradient")
-    add("--eval-every", default=40, type=number(int, least=1), help="steps between validations")
-    add("--eval-examples", default=64, type=number(int, least=1), help="held-out examples an evaluation reads")
-    add("--seed", default=0, type=number(int, least=0, most=2**31), help="of data order and random numbers")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the frozen weights")
-    add("--out", default="out", type=Path, help="folder of the results")
+    """Read the command line; what is wrong with it ends the program with exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    for name, (default, allowed, text) in FLAGS.items():
+        choices = allowed if isinstance(allowed, list) else None
+        text = f"{text} (default: {default})"
+        parser.add_argument(f"--{name}", type=type(default), default=default, choices=choices, help=text)
     args = parser.parse_args(argv)
-    if args.device not in ("cpu", "cuda") or args.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"argument --device: {args.device} is not to be had here")
+    for name, (_, allowed, _) in FLAGS.items():
+        value = getattr(args, name.replace("-", "_"))
+        if callable(allowed) and not allowed(value):
+            parser.error(f"argument --{name}: {value} is out of range")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: there is no CUDA device here")
     if args.model == "scratch" and args.method != "full":
-        parser.error("argument --model: random weights are for --method full")
+        parser.error("argument --model: scratch has random weights, which is for --method full")
+    try:
+        re.compile(args.layers)
+    except re.error as error:
+        parser.error(f"argument --layers: {args.layers!r} is no regular expression: {error}")
     return args
 
 
 def sample_losses(model, batch):
-    """The loss of every sample of a batch, (B,): what salience differentiates."""
+    """The loss of every sample of a batch, (B,), in nats a token: what is minimised, and what salience sees."""
     return model(*batch, reduction="none")[1]
 
 
 @torch.no_grad()
 def evaluate(model, batches):
-    """The mean loss of the samples in `batches`, in nats a token."""
+    """The mean loss of all samples in `batches`."""
     return torch.cat([sample_losses(model, batch) for batch in batches]).mean().item()
+
+
+def choose_weights(model, train, args, draw):
+    """Score on the `draw`-th set of training examples, mask the model, and return the deltas to train."""
+    batches = train.draw(0, args.score_examples, args.seed + 1 + draw, args.batch_size)
+    scores = speft.salience(model, args.metric, batches, sample_losses, re.compile(args.layers).search)
+    indices = speft.select(scores, args.density, args.scope)
+    kept, size = collections.Counter(), collections.Counter()
+    for name, index in indices.items():
+        kind = name.split(".", 2)[-1]  # blocks.3.attn.q is one of the attn.q
+        kept[kind] += len(index)
+        size[kind] += scores[name].numel()
+    print("density:", ", ".join(f"{kind} {kept[kind] / size[kind]:.2%}" for kind in size))
+    return speft.remask(model, indices)
 
 
 def learning_rate(step, args):
@@ -84,101 +105,144 @@ def learning_rate(step, args):
     warmup = math.ceil(args.warmup * args.steps)
     if step < warmup:
         return args.lr * (step + 1) / warmup
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, args.steps - warmup)))
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (args.steps - warmup)))
 
 
-def peak_memory(device):
-    """The most bytes held so far: of the device's allocator, or the process's resident set."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def run(args, adapt):
-    start = time.time()
-    data.check_folder(args.out)
-    torch.manual_seed(args.seed)
-
-    model = GPT(GPTConfig()) if args.model == "scratch" else GPT.from_pretrained(args.model)
-    if args.seq_len > model.config.block_size:
-        raise data.InputError(f"--seq-len {args.seq_len} is longer than the model's {model.config.block_size}")
-    model.to(args.device, getattr(torch, args.dtype))
-    base = data.fingerprint(model.state_dict())
-    tokenizer = data.load_tokenizer("base" if args.model == "scratch" else args.model)
-    splits = data.load_examples(args.data, tokenizer, args.seq_len)
-    source = data.load_examples("stdlib", tokenizer, args.seq_len)["test"]
-
-    def to_device(batch):
-        return tuple(tensor.to(args.device) for tensor in batch)
-
-    def held_out(examples):
-        return [to_device(batch) for batch in examples.batches(args.batch_size, limit=args.eval_examples)]
-
-    val, test, source = held_out(splits["val"]), held_out(splits["test"]), held_out(source)
-
-    def show_sample():
-        prompt = val[0][0][:1, :32]
-        torch.manual_seed(args.seed)
-        tokens = model.generate(prompt, max_new_tokens=48, temperature=0.8, top_k=40)[0].tolist()
-        print("sample:", tokenizer.decode(tokens[:32]), "|", tokenizer.decode(tokens[32:]), flush=True)
-
-    result = {**vars(args), "out": str(args.out), "total": sum(p.numel() for p in model.parameters())}
-    result |= {"val_before": evaluate(model, val), "source_before": evaluate(model, source)}
-    print(f"{args.model} on {args.data}: {result['total']:,} weights, {len(splits['train']):,} training examples")
-    print(f"before: validation {result['val_before']:.4f}, source {result['source_before']:.4f} nats a token")
-    show_sample()
-
-    def choose_mask(draw):
-        """Score with the `draw`-th set of training examples and return the indices to train."""
-        begin = time.time()
-        count = min(args.score_examples, len(splits["train"]))
-        batches = [to_device(splits["train"].draw(at, min(args.batch_size, count - at), args.seed + 1 + draw))
-                   for at in range(0, count, args.batch_size)]  # fmt: skip
-        scores = speft.salience(model, args.metric, batches, sample_losses, layers)
-        indices = speft.select(scores, args.density, args.scope)
-        result["score_seconds"] = result.get("score_seconds", 0.0) + time.time() - begin
-        return indices
-
-    # --- training ---
-    model.train()
-    params = list(model.parameters())
-    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    begin = time.time()
-    log = []
+def fit(model, params, train, val, args, stop):
+    """The training loop; returns a row a step for the log. Ends early, after a step, once `stop` is not empty."""
+    log, optimizer = [], None
     for step in range(args.steps):
-        batch = to_device(splits["train"].draw(step * args.batch_size, args.batch_size, args.seed))
+        row = {"step": step + 1, "lr": learning_rate(step, args)}
+        start = time.time()
+        if args.method == "sparse" and args.mask == "dynamic" and step and step % args.refresh == 0:
+            params, optimizer = choose_weights(model, train, args, draw=step // args.refresh), None
+            row["score_seconds"] = time.time() - start
+            start = time.time()
+        if optimizer is None:  # with a new mask the moments start afresh
+            optimizer = torch.optim.AdamW(params, weight_decay=args.weight_decay, fused=True)
+        for group in optimizer.param_groups:
+            group["lr"] = row["lr"]
+        (batch,) = train.draw(step * args.batch_size, args.batch_size, args.seed)
         loss = sample_losses(model, batch).mean()
-        if not math.isfinite(loss.item()):
-            raise ArithmeticError(f"the loss is {loss.item()} at step {step}")
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, args.clip)
-        rate = learning_rate(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
+        row |= {"loss": loss.item(), "gradient_norm": norm.item()}
+        if not math.isfinite(row["loss"] + row["gradient_norm"]):
+            raise ArithmeticError(f"step {step + 1}: loss {row['loss']}, norm of its gradient {row['gradient_norm']}")
         optimizer.step()
-        speed = (step + 1) * batch[0].numel() / (time.time() - begin)
-        log.append({"step": step, "loss": loss.item(), "lr": rate, "tokens_per_second": speed})
+        row["seconds"] = time.time() - start
+        row["tokens_per_second"] = batch[0].numel() / row["seconds"]
         if (step + 1) % args.eval_every == 0:
-            log[-1]["val"] = evaluate(model, val)
-        if step % 10 == 0 or "val" in log[-1]:
-            print(log[-1], flush=True)
-    result["val_after"] = evaluate(model, val)
-    result["test_after"] = evaluate(model, test)
-    result["source_after"] = evaluate(model, source)
+            row["val"] = evaluate(model, val)
+        show_progress(row, args.steps)
+        log.append(row)
+        if stop:
+            break
+    return log
+
+
+def show_progress(row, steps):
+    """A line that the next one overwrites on a terminal; elsewhere a line for every twentieth of the run."""
+    line = (f"step {row['step']}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.1e}  "
+            f"{row['tokens_per_second']:,.0f} tokens/s  {row['seconds'] * (steps - row['step']):.0f} s left")  # fmt: skip
+    if "val" in row:
+        print(f"{line}  validation {row['val']:.4f}", flush=True)
+    elif sys.stdout.isatty():
+        print(line, end="\r", flush=True)
+    elif row["step"] % max(1, steps // 20) == 0:
+        print(line, flush=True)
+
+
+def peak_memory(args):
+    """The most bytes held so far: by the device's allocator, or by the process (its resident set)."""
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def run(args, adapt, stop):
+    """Load, evaluate, choose the weights, train them, evaluate, save; returns what result.json holds."""
+    start = time.time()
+    out = data.check_folder(args.out)
+    torch.manual_seed(args.seed)
+    model = GPT(GPTConfig()) if args.model == "scratch" else GPT.from_pretrained(args.model)
+    model.to(args.device, getattr(torch, args.dtype))
+    if args.seq_len > model.config.block_size:
+        raise ValueError(f"--seq-len {args.seq_len} exceeds the model's context of {model.config.block_size} tokens")
+    tokenizer = data.load_tokenizer("base" if args.model == "scratch" else args.model)
+    splits = data.load_examples(args.data, tokenizer, args.seq_len, args.device)
+    splits["source"] = data.load_examples("stdlib", tokenizer, args.seq_len, args.device)["test"]
+    train = splits.pop("train")
+    held_out = {name: split.spread(args.eval_examples, args.batch_size) for name, split in splits.items()}
+    result = vars(args) | {"base": data.fingerprint(model.state_dict()), "corpus": data.corpus_hash(args.data)}
+    total = result["total"] = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{args.model}: {total:,} weights; {args.data}: {len(train):,} training examples", flush=True)
+
+    def report(when, *names):
+        for name in names:
+            loss = result[f"{name}_{when}"] = evaluate(model, held_out[name])
+            print(f"{name} loss {when}: {loss:.4f} nats a token", flush=True)
+        torch.manual_seed(args.seed)
+        words = model.generate(held_out["val"][0][0][:1, :32], 48, temperature=0.7, top_k=40)[0].tolist()
+        print(f"sample {when}: {tokenizer.decode(words[:32])!r} -> {tokenizer.decode(words[32:])!r}", flush=True)
+
+    report("before", "val", "source")
+    begin = time.time()
+    if adapt is not None:
+        params = adapt(model, train.draw(0, args.score_examples, args.seed + 1, args.batch_size))
+    elif args.method == "sparse":
+        params = choose_weights(model, train, args, draw=0)
+    else:
+        params = list(model.parameters()) if args.method == "full" else []
+    seconds = time.time() - begin
+    trained = result["trained"] = sum(parameter.numel() for parameter in params)
+    print(f"training {trained:,} of {total:,} weights ({trained / total:.3%}), chosen in {seconds:.1f} s", flush=True)
+    log = fit(model, params, train, held_out["val"], args, stop) if params else []
+    if not stop:
+        report("after", "val", "test", "source")
+    result["steps_done"] = len(log)
+    result["score_seconds"] = seconds + sum(row.get("score_seconds", 0) for row in log)
+    result["peak_memory_bytes"] = peak_memory(args)
+    result["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
+    if args.method == "full":
+        data.write_checkpoint(out, vars(model.config), model.state_dict(), torch.float16)
+    elif args.method == "sparse" and adapt is None:
+        saved = {"adapter": speft.adapter(model), "base": result["base"], "settings": vars(args)}
+        data.write_tensors(out / "adapter.pt", saved)
     result["seconds"] = time.time() - start
-    result["peak_memory_bytes"] = peak_memory(args.device)
-    result["base"] = base
-    show_sample()
-    data.write_checkpoint(args.out, vars(model.config), model.state_dict(), torch.float16)
-    data.write_json(args.out / "result.json", result)
-    data.write_file(args.out / "log.jsonl", "".join(__import__("json").dumps(r) + "\n" for r in log).encode())
+    data.write_json_lines(out / "log.jsonl", log)
+    data.write_json(out / "result.json", result)
+    print(f"{result['seconds']:.0f} s, {result['peak_memory_bytes'] / 1e6:,.0f} MB at the peak; written to {out}/")
     return result
 
 
 def main(argv=None, adapt=None):
-    return run(parse_args(argv), adapt)
+    """Run the command line `argv` (default: the program's own); returns what result.json holds.
+
+    adapt(model, batches) -> parameters takes the place of scoring and masking: so a baseline plugs in.
+    Raises SystemExit: 2 for wrong usage, 1 for other errors, 128 + n after signal n, with what was learned saved.
+    """
+    args = parse_args(argv)
+    stop = []
+
+    def catch(number, frame):
+        stop.append(number)
+        signal.signal(number, usual[number])  # the second one ends the program at once
+
+    usual = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        result = run(args, adapt, stop)
+    except (OSError, ValueError, ArithmeticError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+    if stop:
+        print(f"train.py: stopped by a signal after {result['steps_done']} steps", file=sys.stderr)
+        raise SystemExit(128 + stop[0])
+    return result
 
 
 if __name__ == "__main__":

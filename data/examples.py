@@ -7,54 +7,56 @@ from data.corpus import load_corpus
 from data.files import InputError
 from data.tokenizer import END
 
-SPLITS = ("train", "val", "test")
-
 
 class Examples:
     """A list of samples, each an (inputs, targets) pair of equally long id tensors; target -100: not counted."""
 
-    def __init__(self, samples):
+    def __init__(self, samples, device="cpu"):
         self.samples = samples
+        self.device = device
 
     def __len__(self):
         return len(self.samples)
 
-    def batch(self, which):
-        """The samples numbered `which` as (inputs, targets), each (B, T), padded on the right.
+    def batches(self, which, size):
+        """The samples numbered `which`, `size` at a time, as a list of (inputs, targets), each (B, T).
 
-        A causal model's real positions never see the padding, and its targets do not count.
+        Padded on the right: a causal model's real positions never see the padding, and its targets do not count.
         """
-        inputs, targets = zip(*(self.samples[i] for i in which))
-        return pad_sequence(inputs, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=-100)
+        batches = []
+        for start in range(0, len(which), size):
+            inputs, targets = zip(*(self.samples[i] for i in which[start : start + size]))
+            inputs = pad_sequence(inputs, batch_first=True)
+            targets = pad_sequence(targets, batch_first=True, padding_value=-100)
+            batches.append((inputs.to(self.device), targets.to(self.device)))
+        return batches
 
-    def batches(self, size, limit=None):
-        """All samples in order, `size` at a time; with `limit` only that many, spread evenly."""
-        chosen = range(len(self))
-        if limit is not None and limit < len(self):
-            chosen = [i * len(self) // limit for i in range(limit)]
-        return [self.batch(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+    def spread(self, count, size):
+        """`count` samples (all, if there are fewer), evenly spread over the list, as batches of `size`."""
+        count = min(count, len(self))
+        return self.batches([i * len(self) // count for i in range(count)], size)
 
-    def draw(self, start, count, seed):
-        """Samples number start ... start + count - 1 of an endless, every time reshuffled pass, as one batch.
+    def draw(self, start, count, seed, size=None):
+        """Samples number start ... start + count - 1 of an endless, every time reshuffled pass, as batches.
 
-        A function of its arguments alone: whoever knows the step knows the data.
+        A function of its arguments alone: whoever knows the step knows the data. One batch unless `size` is given.
         """
         which = []
-        for position in range(start, start + count):
-            epoch, place = divmod(position, len(self))
+        for epoch in range(start // len(self), (start + count - 1) // len(self) + 1):
             generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch)
-            which.append(torch.randperm(len(self), generator=generator)[place].item())
-        return self.batch(which)
+            which += torch.randperm(len(self), generator=generator).tolist()
+        skipped = start % len(self)
+        return self.batches(which[skipped : skipped + count], size or count)
 
 
-def load_examples(name, tokenizer, seq_len):
+def load_examples(name, tokenizer, seq_len, device="cpu"):
     """{"train", "val", "test": Examples} of the data set `name`, in samples of at most seq_len tokens."""
     if name not in ("stdlib", "prose"):
         raise InputError(f"no data set {name}")
-    return {split: pack(documents, tokenizer, seq_len) for split, documents in load_corpus(name).items()}
+    return {split: pack(documents, tokenizer, seq_len, device) for split, documents in load_corpus(name).items()}
 
 
-def pack(documents, tokenizer, seq_len):
+def pack(documents, tokenizer, seq_len, device):
     """Cut the documents, one after the other with END between, into samples of seq_len tokens."""
     end = tokenizer.encode_single_token(END)
     ids = [end]
@@ -62,4 +64,4 @@ def pack(documents, tokenizer, seq_len):
         ids += [*tokens, end]
     ids = torch.tensor(ids)
     inputs, targets = ids[:-1].split(seq_len), ids[1:].split(seq_len)
-    return Examples(list(zip(inputs, targets)))
+    return Examples(list(zip(inputs, targets)), device)

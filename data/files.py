@@ -1,6 +1,7 @@
 """Files that are never half written, and the checks of what is read."""
 
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -26,16 +27,33 @@ def write_file(path, content):
         beside.unlink(missing_ok=True)
 
 
+def write_json_lines(path, rows):
+    """Write `rows` as JSON, an object a line."""
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def write_tensors(path, content):
+    """Write nested dicts, tuples and tensors for `torch.load(path, weights_only=True)`.
+
+    By way of a buffer, since torch.save writes the file's own name into it: equal contents, equal bytes.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_file(path, buffer.getvalue())
+
+
 def write_json(path, value):
     """Write `value` as indented JSON."""
     write_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def check_folder(folder):
-    """Make `folder` if need be and make sure that files can be written there, before hours are spent."""
+    """Make `folder` if need be, and sure that files can be written there, before hours are spent; its Path."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / ".writable", b"")
     (folder / ".writable").unlink()
+    return folder
 
 
 def fingerprint(tensors):
