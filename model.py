@@ -40,11 +40,18 @@ class GPTConfig:
     tied_head: bool = True  # the output head is the token embedding
     rope_theta: float | None = None  # base of the rotary positions; None: learned positions
     rope_scaling: dict | None = None  # Llama 3's stretching of the slow rotations, see `rotary_angles`
+    family: str = "gpt2"  # as what `data.write_checkpoint` stores the model
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise ValueError(f"{self.n_embd} channels cannot be split among {self.n_head} heads")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_inner = self.n_inner or 4 * self.n_embd
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"{self.n_head} heads cannot share {self.n_kv_head} key/value heads evenly")
+        if self.rope_theta and self.head_dim % 2:
+            raise ValueError(f"rotary positions turn pairs of channels, but a head has {self.head_dim}")
 
 
 def make_norm(config):
@@ -234,13 +241,16 @@ class GPT(nn.Module):
         return idx
 
     @classmethod
-    def from_pretrained(cls, path):
-        """Load a checkpoint folder in the hub layout, or a name that `data.checkpoints` knows."""
+    def from_pretrained(cls, path, dtype=torch.float32):
+        """Load a checkpoint folder in the hub layout, a .gguf file, or a name that `data.find` knows.
+
+        dtype: of the weights. Raises data.InputError, which names the file and what is wrong with it.
+        """
         from data import checkpoints
 
-        folder = checkpoints.find(path)
+        path = checkpoints.find(path)
         with torch.device("meta"):
-            model = cls(GPTConfig(**checkpoints.read_config(folder)))
+            model = cls(checkpoints.read_config(path))
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        model.load_state_dict(checkpoints.read_weights(folder, shapes), assign=True)
+        model.load_state_dict(checkpoints.read_weights(path, shapes, dtype), assign=True)
         return model

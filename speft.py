@@ -13,7 +13,6 @@ After Liu et al., "Refining Salience-Aware Sparse Fine-Tuning Strategies for Lan
 import collections
 import contextlib
 import math
-import struct
 
 import torch
 import torch.nn as nn
@@ -43,9 +42,8 @@ def salience(model, metric, batches, loss_fn, layers=None):
     batches = list(batches or ())
     if not batches and metric not in DATA_FREE:
         raise ValueError(f"metric {metric!r} needs data, and `batches` is empty")
-    for module in modules.values():
-        if isinstance(module, SparseLinear):
-            module.sync()
+    for _, module in _sparse_layers(model):
+        module.sync()
     weights = {name: module.weight for name, module in modules.items()}
     random_state = contextlib.nullcontext() if metric == "random" else torch.random.fork_rng()
     with random_state, torch.enable_grad(), _left_as_found(model):
@@ -65,13 +63,9 @@ def linear_layers(model, layers=None):
     correction of an output head that is tied to the embedding would change the embedding.
     """
     owners = collections.Counter(p.data_ptr() for m in model.modules() for p in m.parameters(recurse=False))
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) in (nn.Linear, SparseLinear)
-        and owners[module.weight.data_ptr()] == 1
-        and (layers is None or layers(name))
-    }
+    own = {name: m for name, m in model.named_modules()
+           if type(m) in (nn.Linear, SparseLinear) and owners[m.weight.data_ptr()] == 1}  # fmt: skip
+    return {name: module for name, module in own.items() if layers is None or layers(name)}
 
 
 @contextlib.contextmanager
@@ -79,7 +73,8 @@ def _left_as_found(model):
     """Eval mode, no gradients and nothing that requires one; afterwards all is as it was, bit for bit."""
     found = []
     for module in model.modules():
-        found += [(module, "training", module.training), *((module, *b) for b in module.named_buffers(recurse=False))]
+        found += [(module, name, buffer) for name, buffer in module.named_buffers(recurse=False)]
+        found.append((module, "training", module.training))
     for parameter in model.parameters():
         found += [(parameter, name, getattr(parameter, name)) for name in ("requires_grad", "grad")]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -95,7 +90,7 @@ def _left_as_found(model):
 
 
 def _in_range(scores, power=1):
-    """The scores; all multiplied by one power of two if the largest, to this power, would not be a float32."""
+    """The scores; all multiplied by one power of two if the largest, to this power, is beyond float32."""
     largest = max(score.abs().max().item() for score in scores.values())
     exponent = power * math.frexp(largest)[1]
     if -125 <= exponent <= 127:
@@ -106,7 +101,8 @@ def _in_range(scores, power=1):
 
 def _zeros(weights):
     """An accumulator for every weight: float32, or float64 where the weight is."""
-    return {w: torch.zeros_like(w.detach(), dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights.values()}
+    wide = {w: torch.promote_types(w.dtype, torch.float32) for w in weights.values()}
+    return {w: torch.zeros_like(w.detach(), dtype=dtype) for w, dtype in wide.items()}
 
 
 def _loss_sum(model, batch, loss_fn):
@@ -120,7 +116,7 @@ def _count(batches):
 
 
 def _backward(consume, model, weights, batches, loss_fn):
-    """A backward pass a batch, from the sum of its losses, that hands each gradient to consume(weight, gradient).
+    """A backward pass a batch, from the sum of its losses; consume(weight, gradient) gets each gradient.
 
     Every gradient is used and freed as soon as it has been produced: memory holds one layer's at a time.
     """
@@ -139,7 +135,7 @@ def _backward(consume, model, weights, batches, loss_fn):
 
 
 def _mean_gradient(model, weights, batches, loss_fn):
-    """g, the gradient of the mean loss over all samples of all batches, by weight: one backward pass a batch."""
+    """{weight: g}, the gradient of the mean loss over all samples: one backward pass a batch."""
     mean, share = _zeros(weights), 1 / _count(batches)
     _backward(lambda w, gradient: mean[w].add_(gradient, alpha=share), model, weights, batches, loss_fn)
     return mean
@@ -191,10 +187,9 @@ def grasp(model, weights, batches, loss_fn):
     """
     g = _mean_gradient(model, weights, batches, loss_fn)
     product = _zeros(weights)
-    count = _count(batches)
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         for batch in batches:
-            loss = _loss_sum(model, batch, loss_fn) / count
+            loss = _loss_sum(model, batch, loss_fn) / _count(batches)
             first = torch.autograd.grad(loss, list(g), create_graph=True, materialize_grads=True)
             slope = sum((part * g[w]).sum() for w, part in zip(g, first))
             if slope.requires_grad:  # else the loss is linear in the weights, and H is zero
@@ -206,69 +201,16 @@ def grasp(model, weights, batches, loss_fn):
 def fisher(model, weights, batches, loss_fn):
     """E[g_n²], the mean over samples n of the squared gradient of that sample's loss.
 
-    By definition that is a backward pass a sample. One a batch is enough where a sample's gradient is the
-    product dy_nᵀ x_n of its own output gradients and inputs, which are both there in the batch's backward pass:
-    for F.linear once a pass, with the samples first, and a loss a sample. The largest batch is done both ways;
-    where they differ the definition is right.
+    By definition: a backward pass a sample.
     """
-    batches = sorted(batches, key=lambda batch: -len(batch[0]))
-    total, norm = _zeros(weights), dict.fromkeys(weights.values(), 0.0)
+    total, share = _zeros(weights), 1 / _count(batches)
+    samples = (tuple(part[n : n + 1] for part in batch) for batch in batches for n in range(len(batch[0])))
 
     def add_square(w, gradient):
-        total[w].add_(gradient.to(total[w].dtype).square())
+        total[w].add_(gradient.to(total[w].dtype).square(), alpha=share)
 
-    def add_norm(w, gradient):
-        norm[w] += gradient.float().norm().item() ** 2
-
-    def samples(batches):
-        return (tuple(part[n : n + 1] for part in batch) for batch in batches for n in range(len(batch[0])))
-
-    _backward(add_norm, model, weights, samples(batches[:1]), loss_fn)
-    for number, batch in enumerate(batches):
-        with _PerSample(total, size=len(batch[0])):
-            loss = _loss_sum(model, batch, loss_fn)
-        loss.backward()
-        model.zero_grad()  # what has come by another way than _PerSample
-        tolerance = torch.finfo(loss.dtype).eps ** 0.5
-        if number == 0 and any(abs(total[w].sum() - norm[w]) > tolerance * norm[w] for w in total):
-            for t in total.values():
-                t.zero_()
-            _backward(add_square, model, weights, samples(batches), loss_fn)
-            break
-    return {name: total[w].div_(_count(batches)) for name, w in weights.items()}
-
-
-class _PerSample(TorchFunctionMode):
-    """Sends F.linear of (size, ..., in) with a scored weight through _SquaredGradient."""
-
-    def __init__(self, total, size):
-        super().__init__()
-        self.total, self.size = total, size
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not F.linear or len(args) < 3 or args[1] not in self.total or len(args[0]) != self.size:
-            return func(*args, **(kwargs or {}))
-        x, weight, bias = args
-        y = _SquaredGradient.apply(x.reshape(self.size, -1, x.size(-1)), weight, self.total[weight])
-        y = y.view(*x.shape[:-1], -1)
-        return y if bias is None else y + bias
-
-
-class _SquaredGradient(torch.autograd.Function):
-    """y = x Wᵀ for x (B, T, in); the backward pass adds each sample's squared weight gradient to `total`."""
-
-    @staticmethod
-    def forward(ctx, x, weight, total):
-        ctx.save_for_backward(x, weight, total)
-        return x @ weight.T
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, total = ctx.saved_tensors
-        for x_n, dy_n in zip(x, dy):  # (T, in), (T, out)
-            total.data += (dy_n.T @ x_n).to(total.dtype).square_()
-        return dy @ weight, None, None
+    _backward(add_square, model, weights, samples, loss_fn)
+    return {name: total[w] for name, w in weights.items()}
 
 
 def synflow(model, weights, batches, loss_fn):
@@ -276,11 +218,11 @@ def synflow(model, weights, batches, loss_fn):
 
     Data-free: of the batches only the input's shape is used.
     """
-    example = batches[0][0]
+    example = batches[0][0][:1]
     if example.is_floating_point():
-        example = torch.ones_like(example[:1], dtype=torch.float64, requires_grad=True)
+        example = torch.ones_like(example, dtype=torch.float64, requires_grad=True)
     else:
-        example = example[:1, ..., :1] if example.dim() > 1 else example[:1]  # one sample, one position
+        example = example[..., :1]  # token ids: one position
     positive = {w: w.detach().abs().double().requires_grad_() for w in weights.values()}
     with _Linearised(positive):
         output = model(example)
@@ -297,10 +239,11 @@ class _Linearised(TorchFunctionMode):
     square the signal in every block.
     """
 
-    ACTIVATIONS = set("relu relu_ gelu silu tanh tanh_ sigmoid sigmoid_ leaky_relu elu celu selu mish relu6 "
-                      "softplus hardtanh hardswish hardsigmoid logsigmoid softsign prelu".split())  # fmt: skip
+    PASSED_ON = {"scaled_dot_product_attention": 2} | dict.fromkeys(
+        "relu relu_ relu6 leaky_relu prelu elu celu selu gelu silu mish tanh tanh_ sigmoid sigmoid_ softplus "
+        "softsign hardtanh hardswish hardsigmoid logsigmoid".split(), 0)  # function: its argument # fmt: skip
     PRODUCTS = set("mul mul_ multiply multiply_ __mul__ __rmul__ __imul__".split())
-    GAINS = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 3, "instance_norm": 3}  # argument
+    GAINS = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 3, "instance_norm": 3}
 
     def __init__(self, positive):
         super().__init__()
@@ -316,20 +259,18 @@ class _Linearised(TorchFunctionMode):
             return F.linear(given[0], self.absolute(given[1]))
         if name == "embedding":
             return torch.ones_like(func(*args, **kwargs), dtype=torch.float64, requires_grad=True)
-        if name == "scaled_dot_product_attention":
-            return given[2]
-        if name in self.ACTIVATIONS:
-            return given[0]
+        if name in self.PASSED_ON:
+            return given[self.PASSED_ON[name]]
         if name in self.GAINS:
             gain = given[self.GAINS[name]] if len(given) > self.GAINS[name] else None
             if not isinstance(gain, torch.Tensor):
                 return given[0]
-            per_channel = name not in ("layer_norm", "rms_norm")  # of dimension 1, not of the last
-            return given[0] * self.absolute(gain.view(-1, *[1] * (given[0].dim() - 2)) if per_channel else gain)
+            if name not in ("layer_norm", "rms_norm"):  # the gain of dimension 1, not of the last
+                gain = gain.view(-1, *[1] * (given[0].dim() - 2))
+            return given[0] * self.absolute(gain)
         if name in self.PRODUCTS and all(isinstance(factor, torch.Tensor) for factor in given):
             a, b = (self.absolute(factor) if isinstance(factor, nn.Parameter) else factor for factor in given)
-            both_flow = a.requires_grad and b.requires_grad
-            return _root(a) * _root(b) if both_flow else a * b
+            return _root(a) * _root(b) if a.requires_grad and b.requires_grad else a * b
         return func(*args, **kwargs)
 
 
@@ -396,7 +337,8 @@ def _float_at(place):
 
     The bits of a float, read as an integer, are in this order up to its sign.
     """
-    return struct.unpack("f", struct.pack("i", place if place >= 0 else place ^ 0x7FFFFFFF))[0]
+    bits = torch.tensor(place if place >= 0 else place ^ 0x7FFFFFFF, dtype=torch.int32)
+    return bits.view(torch.float32).item()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -424,10 +366,12 @@ class SparseLinear(nn.Linear):
         """Train the entries `index` from now on. What was learned stays in the weight, exactly."""
         if "index" not in self._buffers:  # a plain linear layer until now: it starts with an empty mask
             self.weight.data = self.weight.data.contiguous()  # else there is no flat view
+            empty = self.weight.data.new_empty(0)
             for name in self.BUFFERS:
-                dtype = {"index": torch.int64, "original": self.weight.dtype}.get(name.split("_")[-1], torch.float32)
-                self.register_buffer(name, torch.empty(0, dtype=dtype, device=self.weight.device))
-            self.delta = nn.Parameter(self.carried)
+                self.register_buffer(name, empty)
+            self.index, self.past_index = empty.long(), empty.long()
+            self.carried, self.past_total = empty.float(), empty.float()
+            self.delta = nn.Parameter(empty.float())
         weight = self.weight.data.view(-1)
         known, original, total = self.learned()
         weight[known] = original  # for a moment the layer is its original self
@@ -449,7 +393,7 @@ class SparseLinear(nn.Linear):
         return index, original[order], total[order]
 
     def sync(self):
-        """Make the weight right, however `delta` was changed: k entries, cheap enough for every forward pass."""
+        """Make the weight right, however `delta` was changed: k entries, cheap at every forward pass."""
         self.write(self.index, self.original, self.carried + self.delta.detach())
 
     def write(self, index, original, total):
@@ -461,7 +405,8 @@ class SparseLinear(nn.Linear):
         self.sync()
         if self.weight.requires_grad or not self.delta.requires_grad:  # being scored, or frozen
             return F.linear(x, self.weight, self.bias)
-        y = _SparseGradient.apply(x.reshape(-1, self.in_features), self.weight, self.bias, self.delta, self.index)
+        x_rows = x.reshape(-1, self.in_features)
+        y = _SparseGradient.apply(x_rows, self.weight, self.bias, self.delta, self.index)
         return y.view(*x.shape[:-1], self.out_features)
 
     def plain(self):
@@ -494,15 +439,17 @@ class _SparseGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, index = ctx.saved_tensors
-        needs_x, _, needs_bias, _, _ = ctx.needs_input_grad
-        dx = dy @ weight.to(dy.dtype) if needs_x else None  # under autocast dy is narrower than the weight
-        dbias = dy.sum(0) if needs_bias else None
+        # Under autocast dy is narrower than the weight and x.
+        dx = dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
+        dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
         ddelta = (dy.T @ x.to(dy.dtype)).view(-1)[index].float()
         return dx, None, dbias, ddelta, None
 
 
 def sparsify(model, indices):
-    """Make the named linear layers SparseLinears in place, freeze everything else, return the non-empty deltas.
+    """Make the named linear layers SparseLinears in place and freeze everything else; returns the deltas.
+
+    Deltas of an empty mask are left out.
 
     indices: {module name: sorted flat indices (k,)}, as `select` returns it.
     Raises ValueError, before anything is changed, for a name or an index that does not fit.
@@ -519,9 +466,10 @@ def sparsify(model, indices):
 
 
 def remask(model, indices):
-    """The dynamic step: what was learned stays, the new mask starts from zero deltas. Arguments as `sparsify`.
+    """The dynamic step: what was learned stays, the new mask starts from zero deltas.
 
-    Returns the new deltas; the old ones are no longer part of the model, so make a new optimizer.
+    indices as for `sparsify`, of the same or of other layers. Returns the new deltas; the old ones are no
+    longer part of the model, so make a new optimizer.
     """
     emptied = {name: torch.empty(0, dtype=torch.int64) for name, _ in _sparse_layers(model)}
     return sparsify(model, emptied | indices)
@@ -537,7 +485,7 @@ def _check_index(modules, name, index):
     size = modules[name].weight.numel()
     fits = index.dtype in (torch.int32, torch.int64) and index.dim() == 1
     if not fits or len(index) and not (0 <= index[0] and index[-1] < size and (index[1:] > index[:-1]).all()):
-        raise ValueError(f"layer {name!r}: indices must be a sorted vector of different integers below {size}")
+        raise ValueError(f"layer {name!r}: indices must be sorted, different integers below {size}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -566,7 +514,7 @@ def load_adapter(model, state):
     for name, (index, values, shape) in state.items():
         _check_index(modules, name, index)
         if tuple(shape) != modules[name].weight.shape:
-            raise ValueError(f"layer {name!r} is {tuple(modules[name].weight.shape)}, its adapter {tuple(shape)}")
+            raise ValueError(f"layer {name!r} is not of the shape {tuple(shape)} that its adapter has")
         if values.dtype != torch.float32 or values.shape != index.shape or not values.isfinite().all():
             raise ValueError(f"layer {name!r}: the corrections must be finite float32, one an index")
     for _, module in _sparse_layers(model):

@@ -4,17 +4,13 @@
 """
 
 import argparse
-import collections
 import math
-import platform
 import re
-import resource
 import signal
 import sys
 import time
 from pathlib import Path
 
-import numpy
 import torch
 
 import data
@@ -23,7 +19,6 @@ from model import GPT, GPTConfig
 
 POSITIVE = lambda x: 0 < x < math.inf  # noqa: E731
 NOT_NEGATIVE = lambda x: 0 <= x < math.inf  # noqa: E731
-FRACTION = lambda x: 0 <= x <= 1  # noqa: E731
 
 FLAGS = {  # name: (default, the values allowed, help)
     "metric": ("grad", list(speft.METRICS), "how weights are scored"),
@@ -40,7 +35,7 @@ FLAGS = {  # name: (default, the values allowed, help)
     "batch-size": (16, POSITIVE, "examples a step"),
     "seq-len": (256, POSITIVE, "longest example, in tokens"),
     "lr": (3e-3, POSITIVE, "peak learning rate"),
-    "warmup": (0.03, FRACTION, "share of the steps in which the learning rate rises"),
+    "warmup": (0.03, lambda x: 0 <= x <= 1, "share of the steps in which the learning rate rises"),
     "weight-decay": (0.0, NOT_NEGATIVE, "AdamW's weight decay"),
     "clip": (1.0, POSITIVE, "largest norm of the gradient"),
     "eval-every": (40, POSITIVE, "steps between validations"),
@@ -66,8 +61,6 @@ def parse_args(argv):
             parser.error(f"argument --{name}: {value} is out of range")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: there is no CUDA device here")
-    if args.model == "scratch" and args.method != "full":
-        parser.error("argument --model: scratch has random weights, which is for --method full")
     try:
         re.compile(args.layers)
     except re.error as error:
@@ -76,7 +69,7 @@ def parse_args(argv):
 
 
 def sample_losses(model, batch):
-    """The loss of every sample of a batch, (B,), in nats a token: what is minimised, and what salience sees."""
+    """The loss of every sample of a batch, (B,), in nats a token: what is minimised and what is scored."""
     return model(*batch, reduction="none")[1]
 
 
@@ -91,74 +84,61 @@ def choose_weights(model, train, args, draw):
     batches = train.draw(0, args.score_examples, args.seed + 1 + draw, args.batch_size)
     scores = speft.salience(model, args.metric, batches, sample_losses, re.compile(args.layers).search)
     indices = speft.select(scores, args.density, args.scope)
-    kept, size = collections.Counter(), collections.Counter()
+    shares = {}
     for name, index in indices.items():
-        kind = name.split(".", 2)[-1]  # blocks.3.attn.q is one of the attn.q
-        kept[kind] += len(index)
-        size[kind] += scores[name].numel()
-    print("density:", ", ".join(f"{kind} {kept[kind] / size[kind]:.2%}" for kind in size))
+        # by kind: blocks.3.attn.q is one of the attn.q
+        shares.setdefault(name.split(".", 2)[-1], []).append(len(index) / scores[name].numel())
+    print("density:", ", ".join(f"{kind} {sum(part) / len(part):.2%}" for kind, part in shares.items()))
     return speft.remask(model, indices)
 
 
 def learning_rate(step, args):
     """Linear warm-up to --lr, then half a cosine down to zero."""
     warmup = math.ceil(args.warmup * args.steps)
-    if step < warmup:
-        return args.lr * (step + 1) / warmup
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (args.steps - warmup)))
+    progress = max(0, step - warmup) / max(1, args.steps - warmup)  # of the cosine
+    return args.lr * min(1, (step + 1) / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def fit(model, params, train, val, args, stop):
-    """The training loop; returns a row a step for the log. Ends early, after a step, once `stop` is not empty."""
+    """The training loop; returns the log, a row a step. Ends early, after a step, once `stop` has an item."""
     log, optimizer = [], None
-    for step in range(args.steps):
+    while len(log) < args.steps and not stop:
+        step, start = len(log), time.time()
         row = {"step": step + 1, "lr": learning_rate(step, args)}
-        start = time.time()
         if args.method == "sparse" and args.mask == "dynamic" and step and step % args.refresh == 0:
             params, optimizer = choose_weights(model, train, args, draw=step // args.refresh), None
             row["score_seconds"] = time.time() - start
-            start = time.time()
-        if optimizer is None:  # with a new mask the moments start afresh
-            optimizer = torch.optim.AdamW(params, weight_decay=args.weight_decay, fused=True)
+        optimizer = optimizer or torch.optim.AdamW(params, weight_decay=args.weight_decay, fused=True)
         for group in optimizer.param_groups:
             group["lr"] = row["lr"]
         (batch,) = train.draw(step * args.batch_size, args.batch_size, args.seed)
         loss = sample_losses(model, batch).mean()
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
-        row |= {"loss": loss.item(), "gradient_norm": norm.item()}
+        row["gradient_norm"] = torch.nn.utils.clip_grad_norm_(params, args.clip).item()
+        row["loss"] = loss.item()
         if not math.isfinite(row["loss"] + row["gradient_norm"]):
-            raise ArithmeticError(f"step {step + 1}: loss {row['loss']}, norm of its gradient {row['gradient_norm']}")
+            raise ArithmeticError(f"step {step + 1}: the loss or its gradient is not finite: {row}")
         optimizer.step()
-        row["seconds"] = time.time() - start
+        row["seconds"] = time.time() - start - row.get("score_seconds", 0)
         row["tokens_per_second"] = batch[0].numel() / row["seconds"]
         if (step + 1) % args.eval_every == 0:
             row["val"] = evaluate(model, val)
         show_progress(row, args.steps)
         log.append(row)
-        if stop:
-            break
     return log
 
 
 def show_progress(row, steps):
     """A line that the next one overwrites on a terminal; elsewhere a line for every twentieth of the run."""
-    line = (f"step {row['step']}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.1e}  "
-            f"{row['tokens_per_second']:,.0f} tokens/s  {row['seconds'] * (steps - row['step']):.0f} s left")  # fmt: skip
+    line = f"step {row['step']}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.1e}"
+    line += f"  {row['tokens_per_second']:,.0f} tokens/s  {row['seconds'] * (steps - row['step']):.0f} s left"
     if "val" in row:
         print(f"{line}  validation {row['val']:.4f}", flush=True)
     elif sys.stdout.isatty():
         print(line, end="\r", flush=True)
     elif row["step"] % max(1, steps // 20) == 0:
         print(line, flush=True)
-
-
-def peak_memory(args):
-    """The most bytes held so far: by the device's allocator, or by the process (its resident set)."""
-    if args.device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
 def run(args, adapt, stop):
@@ -169,13 +149,13 @@ def run(args, adapt, stop):
     model = GPT(GPTConfig()) if args.model == "scratch" else GPT.from_pretrained(args.model)
     model.to(args.device, getattr(torch, args.dtype))
     if args.seq_len > model.config.block_size:
-        raise ValueError(f"--seq-len {args.seq_len} exceeds the model's context of {model.config.block_size} tokens")
+        raise ValueError(f"--seq-len {args.seq_len} exceeds the model's context, {model.config.block_size}")
     tokenizer = data.load_tokenizer("base" if args.model == "scratch" else args.model)
     splits = data.load_examples(args.data, tokenizer, args.seq_len, args.device)
     splits["source"] = data.load_examples("stdlib", tokenizer, args.seq_len, args.device)["test"]
     train = splits.pop("train")
     held_out = {name: split.spread(args.eval_examples, args.batch_size) for name, split in splits.items()}
-    result = vars(args) | {"base": data.fingerprint(model.state_dict()), "corpus": data.corpus_hash(args.data)}
+    result = dict(vars(args), base=data.fingerprint(model.state_dict()), corpus=data.corpus_hash(args.data))
     total = result["total"] = sum(parameter.numel() for parameter in model.parameters())
     print(f"{args.model}: {total:,} weights; {args.data}: {len(train):,} training examples", flush=True)
 
@@ -185,7 +165,7 @@ def run(args, adapt, stop):
             print(f"{name} loss {when}: {loss:.4f} nats a token", flush=True)
         torch.manual_seed(args.seed)
         words = model.generate(held_out["val"][0][0][:1, :32], 48, temperature=0.7, top_k=40)[0].tolist()
-        print(f"sample {when}: {tokenizer.decode(words[:32])!r} -> {tokenizer.decode(words[32:])!r}", flush=True)
+        print(f"sample {when}: {tokenizer.decode(words[:32])!r} -> {tokenizer.decode(words[32:])!r}")
 
     report("before", "val", "source")
     begin = time.time()
@@ -197,23 +177,22 @@ def run(args, adapt, stop):
         params = list(model.parameters()) if args.method == "full" else []
     seconds = time.time() - begin
     trained = result["trained"] = sum(parameter.numel() for parameter in params)
-    print(f"training {trained:,} of {total:,} weights ({trained / total:.3%}), chosen in {seconds:.1f} s", flush=True)
+    print(f"training {trained:,} weights ({trained / total:.3%}), chosen in {seconds:.1f} s", flush=True)
     log = fit(model, params, train, held_out["val"], args, stop) if params else []
     if not stop:
         report("after", "val", "test", "source")
     result["steps_done"] = len(log)
     result["score_seconds"] = seconds + sum(row.get("score_seconds", 0) for row in log)
-    result["peak_memory_bytes"] = peak_memory(args)
-    result["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
+    result |= data.environment(args.device)
     if args.method == "full":
         data.write_checkpoint(out, vars(model.config), model.state_dict(), torch.float16)
     elif args.method == "sparse" and adapt is None:
-        saved = {"adapter": speft.adapter(model), "base": result["base"], "settings": vars(args)}
-        data.write_tensors(out / "adapter.pt", saved)
+        learned = {"adapter": speft.adapter(model), "base": result["base"], "settings": vars(args)}
+        data.write_tensors(out / "adapter.pt", learned)
     result["seconds"] = time.time() - start
     data.write_json_lines(out / "log.jsonl", log)
     data.write_json(out / "result.json", result)
-    print(f"{result['seconds']:.0f} s, {result['peak_memory_bytes'] / 1e6:,.0f} MB at the peak; written to {out}/")
+    print(f"{result['seconds']:.0f} s, {result['peak_memory_bytes'] / 1e6:,.0f} MB at the peak; see {out}/")
     return result
 
 
@@ -221,7 +200,7 @@ def main(argv=None, adapt=None):
     """Run the command line `argv` (default: the program's own); returns what result.json holds.
 
     adapt(model, batches) -> parameters takes the place of scoring and masking: so a baseline plugs in.
-    Raises SystemExit: 2 for wrong usage, 1 for other errors, 128 + n after signal n, with what was learned saved.
+    Raises SystemExit: 2 for wrong usage, 1 for other errors, 128 + n if stopped by signal n (after saving).
     """
     args = parse_args(argv)
     stop = []
@@ -235,13 +214,12 @@ def main(argv=None, adapt=None):
         result = run(args, adapt, stop)
     except (OSError, ValueError, ArithmeticError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+        sys.exit(1)
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
     if stop:
-        print(f"train.py: stopped by a signal after {result['steps_done']} steps", file=sys.stderr)
-        raise SystemExit(128 + stop[0])
+        sys.exit(128 + stop[0])
     return result
 
 

@@ -9,7 +9,7 @@ from data.tokenizer import END
 
 
 class Examples:
-    """A list of samples, each an (inputs, targets) pair of equally long id tensors; target -100: not counted."""
+    """A list of samples: pairs (inputs, targets) of equally long id tensors; target -100 does not count."""
 
     def __init__(self, samples, device="cpu"):
         self.samples = samples
@@ -21,7 +21,7 @@ class Examples:
     def batches(self, which, size):
         """The samples numbered `which`, `size` at a time, as a list of (inputs, targets), each (B, T).
 
-        Padded on the right: a causal model's real positions never see the padding, and its targets do not count.
+        Padded on the right: a causal model's real positions never see it, and its targets do not count.
         """
         batches = []
         for start in range(0, len(which), size):
@@ -39,7 +39,7 @@ class Examples:
     def draw(self, start, count, seed, size=None):
         """Samples number start ... start + count - 1 of an endless, every time reshuffled pass, as batches.
 
-        A function of its arguments alone: whoever knows the step knows the data. One batch unless `size` is given.
+        A function of its arguments alone: whoever knows the step knows the data. One batch without `size`.
         """
         which = []
         for epoch in range(start // len(self), (start + count - 1) // len(self) + 1):
@@ -53,7 +53,8 @@ def load_examples(name, tokenizer, seq_len, device="cpu"):
     """{"train", "val", "test": Examples} of the data set `name`, in samples of at most seq_len tokens."""
     if name not in ("stdlib", "prose"):
         raise InputError(f"no data set {name}")
-    return {split: pack(documents, tokenizer, seq_len, device) for split, documents in load_corpus(name).items()}
+    corpus = load_corpus(name)
+    return {split: pack(documents, tokenizer, seq_len, device) for split, documents in corpus.items()}
 
 
 def pack(documents, tokenizer, seq_len, device):

@@ -4,13 +4,16 @@ import hashlib
 import io
 import json
 import os
+import platform
+import resource
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
 class InputError(ValueError):
-    """Something the user gave (a file, a folder, its contents) cannot be used; the message says what and why."""
+    """Something the user gave (a file, a folder, its contents) cannot be used; says what, and why."""
 
 
 def write_file(path, content):
@@ -48,7 +51,7 @@ def write_json(path, value):
 
 
 def check_folder(folder):
-    """Make `folder` if need be, and sure that files can be written there, before hours are spent; its Path."""
+    """Make `folder` if need be, and sure that files can be written there; returns its Path."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / ".writable", b"")
@@ -63,3 +66,14 @@ def fingerprint(tensors):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def environment(device):
+    """For result.json: the most bytes held so far, by the device's allocator or the process, and versions."""
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        unit = 1 if platform.system() == "Darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {"peak_memory_bytes": peak, "versions": versions, "processor": platform.machine()}

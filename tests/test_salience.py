@@ -718,7 +718,10 @@ def test_synflow_takes_the_geometric_mean_however_a_gate_is_spelled(multiply):
     model = Gated(multiply)
     p = {name: w.double().abs().requires_grad_() for name, w in weights_of(model).items()}
     (p["down"] @ (p["gate"].sum(1) * p["up"].sum(1)).sqrt()).sum().backward()
-    assert_close(synflow(model, torch.randn(5, 3)), {name: (w.grad * w).detach() for name, w in p.items()})
+    expected = {name: (w.grad * w).detach() for name, w in p.items()}
+    assert_close(synflow(model, torch.randn(5, 3)), expected)
+    for name in p:  # an activation is one also where no scored weight lies behind it
+        assert_close(synflow(model, torch.randn(5, 3), layers=name.__eq__), {name: expected[name]})
 
 
 class ByKeyword(nn.Module):

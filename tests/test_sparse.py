@@ -338,8 +338,9 @@ def masks_of(out_features, in_features):
 
 def sparse_layer(shape, index, bias=True, dtype=torch.float32):
     """A SparseLinear with a random delta, and its base weight and bias."""
-    layer = SparseLinear(shape[1], shape[0], index, bias=bias, dtype=dtype)
+    layer = nn.Linear(shape[1], shape[0], bias=bias, dtype=dtype)
     base = layer.weight.detach().clone()
+    sparsify(nn.Sequential(layer), {"0": index})
     layer.delta.data.copy_(torch.randn(len(index)) / shape[1] ** 0.5)
     return layer, base
 
@@ -617,18 +618,18 @@ def test_a_new_layer_is_a_linear_with_a_frozen_weight_and_a_zero_float32_delta(d
 def test_delta_is_float32_whatever_the_default_type():
     torch.set_default_dtype(torch.float64)
     try:
-        layer = SparseLinear(4, 3, torch.tensor([1, 4]))
         model = nn.Sequential(nn.Linear(4, 3))
         (delta,) = sparsify(model, {"0": torch.tensor([2])})
+        assert model[0].weight.dtype == torch.float64 and delta.dtype == torch.float32
+        delta.data.fill_(0.5)
+        (delta,) = remask(model, {"0": torch.tensor([1, 2])})
+        assert delta.dtype == adapter(model)["0"][1].dtype == torch.float32
+        assert adapter(model)["0"][1].tolist() == [0, 0.5]
     finally:
         torch.set_default_dtype(torch.float32)
-    assert layer.weight.dtype == torch.float64
-    assert layer.delta.dtype == delta.dtype == torch.float32
 
 
 def test_small_steps_on_a_bfloat16_weight_accumulate_in_float32():
-    layer = SparseLinear(1, 1, torch.tensor([0]), bias=False, dtype=torch.bfloat16)
-    layer.weight.data.fill_(1.0)
     model = nn.Sequential(nn.Linear(1, 1, bias=False, dtype=torch.bfloat16))
     model[0].weight.data.fill_(1.0)
     deltas = sparsify(model, {"0": torch.tensor([0])})
