@@ -1,6 +1,6 @@
 """Salience-aware sparse fine-tuning (SPEFT) of any PyTorch model, in one file.
 
-    scores = salience(model, "grad", batches, loss_fn)    # how much does every weight matter?
+    scores = salience(model, "grad", batches, loss_fn)     # how much does every weight matter?
     indices = select(scores, density=0.01, scope="global") # the mask: the top 1%
     deltas = sparsify(model, indices)                      # freeze the model, train those entries
     ...                                                    # any loop, any optimizer over `deltas`
@@ -40,7 +40,7 @@ def salience(model, metric, batches, loss_fn, layers=None):
     if not modules:
         raise ValueError("no linear layer to score: none matches `layers`, or every weight is shared")
     batches = list(batches or ())
-    if not batches and metric not in DATA_FREE:
+    if metric not in DATA_FREE and _count(batches) == 0:
         raise ValueError(f"metric {metric!r} needs data, and `batches` is empty")
     for _, module in _sparse_layers(model):
         module.sync()
@@ -134,8 +134,8 @@ def _backward(consume, model, weights, batches, loss_fn):
             handle.remove()
 
 
-def _mean_gradient(model, weights, batches, loss_fn):
-    """{weight: g}, the gradient of the mean loss over all samples: one backward pass a batch."""
+def mean_gradient(model, weights, batches, loss_fn):
+    """{weight: g}, the gradient of the mean loss over all samples, from one backward pass a batch."""
     mean, share = _zeros(weights), 1 / _count(batches)
     _backward(lambda w, gradient: mean[w].add_(gradient, alpha=share), model, weights, batches, loss_fn)
     return mean
@@ -143,7 +143,7 @@ def _mean_gradient(model, weights, batches, loss_fn):
 
 def _gradient_times_weight(model, weights, batches, loss_fn):
     """{name: g ⊙ θ}, rounded to float32 once, so that all metrics made from it agree on which entries tie."""
-    g = _mean_gradient(model, weights, batches, loss_fn)
+    g = mean_gradient(model, weights, batches, loss_fn)
     product = _in_range({name: g[w].mul_(w.detach()) for name, w in weights.items()})
     return {name: p.float() for name, p in product.items()}
 
@@ -160,7 +160,7 @@ def magnitude(model, weights, batches, loss_fn):
 
 def grad(model, weights, batches, loss_fn):
     """abs(g)"""
-    g = _mean_gradient(model, weights, batches, loss_fn)
+    g = mean_gradient(model, weights, batches, loss_fn)
     return {name: g[w].abs_() for name, w in weights.items()}
 
 
@@ -185,7 +185,7 @@ def grasp(model, weights, batches, loss_fn):
 
     H g = ∂(∂ℓ/∂θ · g)/∂θ with g held constant: one pass over the batches for g, one for the product.
     """
-    g = _mean_gradient(model, weights, batches, loss_fn)
+    g = mean_gradient(model, weights, batches, loss_fn)
     product = _zeros(weights)
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         for batch in batches:
@@ -260,7 +260,7 @@ class _Linearised(TorchFunctionMode):
         if name == "embedding":
             return torch.ones_like(func(*args, **kwargs), dtype=torch.float64, requires_grad=True)
         if name in self.PASSED_ON:
-            return given[self.PASSED_ON[name]]
+            return kwargs.get("value", given[self.PASSED_ON[name]])
         if name in self.GAINS:
             gain = given[self.GAINS[name]] if len(given) > self.GAINS[name] else None
             if not isinstance(gain, torch.Tensor):
@@ -377,7 +377,7 @@ class SparseLinear(nn.Linear):
         weight[known] = original  # for a moment the layer is its original self
         correction = torch.zeros_like(weight, dtype=torch.float32)
         correction[known] = total
-        self.index = index.to(weight.device, torch.int64)
+        self.index = index.to(weight.device, torch.int64, copy=True)
         self.original, self.carried = weight[self.index], correction[self.index]
         self.past_index = known[~torch.isin(known, self.index)]
         self.past_original, self.past_total = weight[self.past_index], correction[self.past_index]
@@ -397,6 +397,7 @@ class SparseLinear(nn.Linear):
         self.write(self.index, self.original, self.carried + self.delta.detach())
 
     def write(self, index, original, total):
+        """Set the weight's entries `index` to original + total."""
         # Through .data: a backward pass that is still to come saw the same values, so autograd need not know.
         values = (original + total).to(self.weight.dtype)  # the sum in float32 or wider
         self.weight.data.view(-1).index_copy_(0, index, values)
@@ -524,7 +525,6 @@ def load_adapter(model, state):
     deltas = sparsify(model, {name: index for name, (index, _, _) in state.items()})
     for name, (_, values, _) in state.items():
         modules[name].delta.data.copy_(values)
-        modules[name].sync()
     return deltas
 
 

@@ -30,11 +30,11 @@ FLAGS = {  # name: (default, the values allowed, help)
     "model": ("base", None, "base (shipped), scratch (random weights), or a checkpoint"),
     "data": ("prose", None, "prose or stdlib"),
     "layers": ("", None, "regular expression: train only linear layers whose name it matches"),
-    "score-examples": (256, POSITIVE, "training examples to score with"),
+    "score-examples": (128, POSITIVE, "training examples to score with"),
     "steps": (120, NOT_NEGATIVE, "optimizer steps"),
-    "batch-size": (16, POSITIVE, "examples a step"),
+    "batch-size": (8, POSITIVE, "examples a step"),
     "seq-len": (256, POSITIVE, "longest example, in tokens"),
-    "lr": (3e-3, POSITIVE, "peak learning rate"),
+    "lr": (1e-2, POSITIVE, "peak learning rate"),
     "warmup": (0.03, lambda x: 0 <= x <= 1, "share of the steps in which the learning rate rises"),
     "weight-decay": (0.0, NOT_NEGATIVE, "AdamW's weight decay"),
     "clip": (1.0, POSITIVE, "largest norm of the gradient"),
@@ -146,11 +146,12 @@ def run(args, adapt, stop):
     start = time.time()
     out = data.check_folder(args.out)
     torch.manual_seed(args.seed)
-    model = GPT(GPTConfig()) if args.model == "scratch" else GPT.from_pretrained(args.model)
-    model.to(args.device, getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    model = GPT(GPTConfig()) if args.model == "scratch" else GPT.from_pretrained(args.model, dtype)
+    model.to(args.device, dtype)
     if args.seq_len > model.config.block_size:
         raise ValueError(f"--seq-len {args.seq_len} exceeds the model's context, {model.config.block_size}")
-    tokenizer = data.load_tokenizer("base" if args.model == "scratch" else args.model)
+    tokenizer = data.load_tokenizer(args.model)
     splits = data.load_examples(args.data, tokenizer, args.seq_len, args.device)
     splits["source"] = data.load_examples("stdlib", tokenizer, args.seq_len, args.device)["test"]
     train = splits.pop("train")
@@ -179,16 +180,16 @@ def run(args, adapt, stop):
     trained = result["trained"] = sum(parameter.numel() for parameter in params)
     print(f"training {trained:,} weights ({trained / total:.3%}), chosen in {seconds:.1f} s", flush=True)
     log = fit(model, params, train, held_out["val"], args, stop) if params else []
-    if not stop:
-        report("after", "val", "test", "source")
-    result["steps_done"] = len(log)
-    result["score_seconds"] = seconds + sum(row.get("score_seconds", 0) for row in log)
-    result |= data.environment(args.device)
     if args.method == "full":
         data.write_checkpoint(out, vars(model.config), model.state_dict(), torch.float16)
+        data.copy_tokenizer(args.model, out)
     elif args.method == "sparse" and adapt is None:
         learned = {"adapter": speft.adapter(model), "base": result["base"], "settings": vars(args)}
         data.write_tensors(out / "adapter.pt", learned)
+    report("after", "val", "test", "source")
+    result["steps_done"] = len(log)
+    result["score_seconds"] = seconds + sum(row.get("score_seconds", 0) for row in log)
+    result |= data.environment(args.device)
     result["seconds"] = time.time() - start
     data.write_json_lines(out / "log.jsonl", log)
     data.write_json(out / "result.json", result)

@@ -12,4 +12,4 @@ from data.files import (
     write_json_lines,
     write_tensors,
 )
-from data.tokenizer import load_tokenizer
+from data.tokenizer import copy_tokenizer, load_tokenizer

@@ -34,8 +34,7 @@ def validation_loss(model):
     return train.evaluate(model, splits["val"].spread(4, 4))
 
 
-@pytest.mark.parametrize("metric", speft.METRICS)
-@pytest.mark.parametrize("scope", ("global", "local"))
+@pytest.mark.parametrize(("metric", "scope"), [(m, "global") for m in speft.METRICS] + [("grad", "local")])
 def test_every_metric_and_scope_trains_the_share_it_should(tmp_path, metric, scope):
     result = run(tmp_path, "--metric", metric, "--scope", scope, "--density", 0.02)
     linear = 6 * 12 * 256**2
@@ -44,9 +43,8 @@ def test_every_metric_and_scope_trains_the_share_it_should(tmp_path, metric, sco
     assert validation_loss(load(tmp_path)) == pytest.approx(result["val_after"], abs=1e-6)
 
 
-@pytest.mark.parametrize("scope", ("global", "local"))
-def test_dynamic_masks_move_and_their_union_is_saved(tmp_path, scope):
-    result = run(tmp_path, "--mask", "dynamic", "--refresh", 2, "--scope", scope)
+def test_dynamic_masks_move_and_their_union_is_saved(tmp_path):
+    result = run(tmp_path, "--mask", "dynamic", "--refresh", 2)
     saved = torch.load(tmp_path / "adapter.pt", weights_only=True)["adapter"]
     assert sum(len(index) for index, _, _ in saved.values()) > result["trained"]
     assert validation_loss(load(tmp_path)) == pytest.approx(result["val_after"], abs=1e-6)

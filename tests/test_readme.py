@@ -1,0 +1,39 @@
+"""What the README shows works, and what it states is so."""
+
+import re
+from pathlib import Path
+
+import torch
+
+import speft
+import train
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_every_python_snippet_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(speft, "METRICS", dict(speft.METRICS))
+    flags = "--steps 1 --batch-size 2 --seq-len 32 --score-examples 2 --eval-examples 2".split()
+    train.main(flags)
+    snippets = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(snippets) == 3
+    for snippet in snippets:
+        names = {}
+        exec(snippet, names)
+        if "model" in names:
+            assert not any(parameter.grad is not None and parameter.dim() > 1 for parameter in names["model"].parameters())
+    assert set(torch.load("mine.pt", weights_only=True)) == {"0", "2"}
+    assert "movement" in speft.METRICS
+    train.main([*flags, "--metric", "grad"])
+
+
+def test_the_table_of_metrics_is_complete():
+    rows = re.findall(r"^\| `(\w+)` \|", README, re.M)
+    assert rows == ["random", "magnitude", "grad", "snip", "force", "taylor", "synflow", "grasp", "fisher"]
+    assert set(rows) == set(speft.METRICS)
+
+
+def test_the_flags_it_mentions_exist():
+    for flag in set(re.findall(r"(?<!\w)--([a-z][a-z-]+)", README)) - {"help", "no-deps"}:
+        assert flag in train.FLAGS, flag
