@@ -119,7 +119,9 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.gate = nn.Linear(config.n_embd, config.n_inner, bias=config.mlp_bias) if config.gated_mlp else None
+        self.gate = None
+        if config.gated_mlp:
+            self.gate = nn.Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
         self.up = nn.Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
         self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
 

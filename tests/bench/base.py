@@ -1,6 +1,6 @@
 """How well does the shipped base read code? Bits a byte on held-out `stdlib` files, against `xz -9`.
 
-    python tests/bench/base.py [MODEL]
+python tests/bench/base.py [MODEL]
 """
 
 import lzma
