@@ -1,0 +1,101 @@
+"""LoRA and PiSSA, which sparse fine-tuning is compared with. Both plug into `train.main(argv, adapt=...)`.
+
+LoRA: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022 (arXiv 2106.09685).
+PiSSA: Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language
+Models", NeurIPS 2024 (arXiv 2404.02948).
+"""
+
+import functools
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import speft  # noqa: E402
+
+
+class LowRankLinear(nn.Module):
+    """y = x Wᵀ + b + scale · x Aᵀ Bᵀ for a frozen linear layer (W, b); A (rank, in) and B (out, rank) train.
+
+    A and B are float32 whatever the weight's type. B is zero at first, so that nothing has changed (LoRA,
+    section 4.1).
+    """
+
+    def __init__(self, linear, rank, scale):
+        super().__init__()
+        self.linear, self.scale = linear.requires_grad_(False), scale
+        place = {"device": linear.weight.device, "dtype": torch.float32}
+        self.A = nn.Parameter(torch.empty(rank, linear.in_features, **place))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, **place))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, x):
+        low = F.linear(x, self.A.to(x.dtype))
+        return self.linear(x) + F.linear(low, self.B.to(x.dtype)) * self.scale
+
+    def merge(self):
+        """The plain linear layer with the product added to its weight."""
+        weight = self.linear.weight
+        weight.data = (weight.data.float() + self.scale * (self.B @ self.A).detach()).to(weight.dtype)
+        return self.linear
+
+
+def start_principal(layer):
+    """PiSSA's start (its equations 2 to 4): A B is the best approximation of W, and the rest is frozen."""
+    rank, weight = len(layer.A), layer.linear.weight
+    u, s, v = torch.linalg.svd(weight.data.float(), full_matrices=False)
+    root = (s[:rank] / layer.scale).sqrt()
+    layer.B.data = u[:, :rank] * root
+    layer.A.data = root[:, None] * v[:rank]
+    weight.data = (weight.data.float() - layer.scale * (layer.B @ layer.A).detach()).to(weight.dtype)
+
+
+def ranks(layers, density):
+    """{name: rank}: whole ranks, at least one, whose trained count comes nearest to density · weights.
+
+    layers: {name: linear module}. The rounding of one layer is made up for in the next.
+    """
+    chosen, owed = {}, 0.0
+    for name, layer in layers.items():
+        size = layer.in_features + layer.out_features
+        owed += density * layer.weight.numel()
+        chosen[name] = max(1, round(owed / size))
+        owed -= chosen[name] * size
+    return chosen
+
+
+def adapt(model, batches, density, principal=False, scale=None, layers=None):
+    """Put low-rank adapters onto the linear layers of `model` and freeze the rest; returns their parameters.
+
+    scale: alpha / rank; by default 2 for LoRA, and 1 for PiSSA. `batches` are not used.
+    """
+    modules = speft.linear_layers(model, layers)
+    model.requires_grad_(False)
+    scale = scale or (1.0 if principal else 2.0)
+    parameters = []
+    for name, rank in ranks(modules, density).items():
+        adapted = LowRankLinear(modules[name], rank, scale)
+        if principal:
+            start_principal(adapted)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, adapted)
+        parameters += [adapted.A, adapted.B]
+    return parameters
+
+
+def merge(model):
+    """Turn every LowRankLinear into its plain linear layer with the corrected weight; returns the model."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LowRankLinear):
+                setattr(parent, name, child.merge())
+    return model
+
+
+lora = functools.partial(adapt, principal=False)
+pissa = functools.partial(adapt, principal=True)

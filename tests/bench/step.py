@@ -1,0 +1,300 @@
+"""What does a training step cost? Time and memory of sparse fine-tuning against its alternatives.
+
+python tests/bench/step.py [--model smollm2] [--device cuda] [--densities 0.01 0.001] [--masks grad random]
+
+The variants take turns in one process, step by step, and the ratios are taken pair by pair: a machine that
+gets slower gets slower for all. Before that every sparse variant's gradients are compared with autograd's
+through the dense weight. Rows are appended to --out as JSON lines.
+"""
+
+import argparse
+import copy
+import functools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import baselines  # noqa: E402
+import data  # noqa: E402
+import speft  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+
+BILLION = GPTConfig(  # the shape of a Llama with a billion weights, which get random values
+    vocab_size=32000, block_size=2048, n_layer=22, n_head=32, n_embd=2048, n_kv_head=4, n_inner=5632,
+    activation="silu", gated_mlp=True, rms_norm=True, qkv_bias=False, out_bias=False, mlp_bias=False,
+    tied_head=False, rope_theta=10000.0, family="llama",
+)  # fmt: skip
+
+
+def losses(model, batch):
+    return model(*batch, reduction="none")[1]
+
+
+# --- the variants: each takes (model, indices, density) and returns the parameters to train ---
+
+
+def frozen(model, indices, density):
+    """The floor: no weight gradient at all. Only the first layer's input asks for one, as in training."""
+    model.requires_grad_(False)
+    first = speft.linear_layers(model)[next(iter(indices))]
+    first.register_forward_pre_hook(lambda module, args: args[0].detach().requires_grad_())
+    return []
+
+
+def full(model, indices, density):
+    return list(model.requires_grad_(True).parameters())
+
+
+def lora(model, indices, density):
+    return baselines.lora(model, None, density)
+
+
+def peft_lora(model, indices, density):
+    """Hugging Face's layer, with the ranks of `lora`."""
+    import peft
+
+    chosen = baselines.ranks({name: speft.linear_layers(model)[name] for name in indices}, density)
+    exact = {f"^{name.replace('.', '[.]')}$": rank for name, rank in chosen.items()}
+    config = peft.LoraConfig(target_modules=list(chosen), r=1, rank_pattern=exact, lora_dropout=0.0)
+    peft.inject_adapter_in_model(config, model)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+class Scattered(nn.Module):
+    """The authors' way: each forward pass scatters delta into a fresh dense weight."""
+
+    def __init__(self, linear, index):
+        super().__init__()
+        self.linear, self.index = linear, index.to(linear.weight.device)
+        self.delta = nn.Parameter(torch.zeros(len(index), device=linear.weight.device))
+
+    def forward(self, x):
+        weight = self.linear.weight
+        values = self.delta.to(weight.dtype)
+        dense = torch.zeros_like(weight).view(-1).index_add(0, self.index, values).view_as(weight)
+        return F.linear(x, weight + dense, self.linear.bias)
+
+
+def scatter(model, indices, density):
+    model.requires_grad_(False)
+    parameters = []
+    for name, index in indices.items():
+        parent, _, child = name.rpartition(".")
+        layer = Scattered(model.get_submodule(name), index)
+        setattr(model.get_submodule(parent), child, layer)
+        parameters.append(layer.delta)
+    return parameters
+
+
+def gather(model, indices, density):
+    """This project's layer without its cover: the dense gradient is formed, gathered and freed."""
+    deltas = speft.sparsify(model, indices)
+    for layer in speft.linear_layers(model).values():
+        layer.cover = functools.partial(lambda index: [index], layer.index)
+    return deltas
+
+
+def sparse(model, indices, density):
+    return speft.sparsify(model, indices)
+
+
+VARIANTS = {f.__name__: f for f in (frozen, full, lora, peft_lora, scatter, gather, sparse)}
+
+# --- measuring ---
+
+
+def load(args):
+    """(model, batches): the model, and batches of args.batch x args.tokens of real text if it can read."""
+    dtype = getattr(torch, args.dtype)
+    if args.model == "billion":
+        with torch.device(args.device):
+            model = GPT(BILLION).to(dtype)
+        shape = (args.batches, 2, args.batch, args.tokens)
+        ids = torch.randint(BILLION.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+        return model, [tuple(batch) for batch in ids.to(args.device)]
+    model = GPT.from_pretrained(args.model, dtype).to(args.device)
+    examples = data.load_examples("prose", data.load_tokenizer(args.model), args.tokens, args.device)
+    return model, examples["train"].spread(args.batches * args.batch, args.batch)
+
+
+def optimizer_for(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-5, fused=True) if parameters else None
+
+
+def step(model, optimizer, batch):
+    loss = losses(model, batch).mean()
+    loss.backward()
+    if optimizer:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def synchronize(args):
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def saved_bytes(model, batch):
+    """Bytes that autograd keeps for the backward pass, the model's own tensors aside."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    for layer in model.modules():
+        if isinstance(layer, speft.SparseLinear) and len(layer.delta):
+            own |= {t.untyped_storage().data_ptr() for t in layer.cover()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = losses(model, batch).mean()
+    del loss
+    return sum(kept.values())
+
+
+def check_gradients(model, indices, batch):
+    """The largest relative difference between a layer's delta gradient and autograd's dense one."""
+    dense = copy.deepcopy(model)
+    full(dense, indices, None)
+    losses(dense, batch).mean().backward()
+    wanted = {name: layer.weight.grad for name, layer in speft.linear_layers(dense).items()}
+    del dense
+    worst = 0.0
+    for variant in (sparse, gather):
+        other = copy.deepcopy(model)
+        variant(other, indices, None)
+        losses(other, batch).mean().backward()
+        for name, index in indices.items():
+            if len(index):
+                want = wanted[name].view(-1)[index].float()
+                difference = other.get_submodule(name).delta.grad - want
+                worst = max(worst, (difference.norm() / want.norm().clamp(min=1e-30)).item())
+    return worst
+
+
+def masks(model, batches, args):
+    """{(mask, density): indices}"""
+    chosen = {}
+    for metric in args.masks:
+        scores = speft.salience(model, metric, batches, losses)
+        for density in args.densities:
+            chosen[metric, density] = speft.select(scores, density, args.scope)
+    return chosen
+
+
+def resident_peak(args, variant, mask, density):
+    """Peak memory of a fresh process that loads the model and takes three steps."""
+    argv = [sys.executable, __file__, "--only", variant, "--masks", mask, "--densities", str(density)]
+    for name in ("model", "device", "dtype", "scope", "batch", "tokens", "cache"):
+        argv += [f"--{name}", str(getattr(args, name))]
+    return json.loads(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)
+
+
+def run_one(args):
+    """The other side of `resident_peak`: the masks come from a file, so that scoring is not counted."""
+    model, batches = load(args)
+    indices = torch.load(args.cache)[args.masks[0], args.densities[0]]
+    optimizer = optimizer_for(VARIANTS[args.only](model, indices, args.densities[0]))
+    for batch in (batches * 3)[:3]:
+        step(model, optimizer, batch)
+    if args.device == "cuda":
+        print(torch.cuda.max_memory_allocated())
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+
+
+def compare(model, batches, mask, density, indices, args):
+    """Measure every variant with this mask; returns a row each."""
+    entries = sum(len(index) for index in indices.values())
+    error = check_gradients(model, indices, batches[0])
+    print(f"{args.model} {mask} {density}: {entries:,} entries; gradients differ by {error:.1e} at most")
+    if error > (1e-5 if args.dtype == "float32" else 0.1):
+        raise SystemExit("the gradients are wrong: nothing was timed")
+    rows, ready = [], {}
+    for name in args.variants:
+        copied = copy.deepcopy(model)
+        try:
+            parameters = VARIANTS[name](copied, indices, density)
+        except ImportError as missing:
+            print(f"{name}: left out ({missing})")
+            continue
+        optimizer = optimizer_for(parameters)
+        step(copied, optimizer, batches[0])  # warm up
+        ready[name] = copied, optimizer
+        state = optimizer.state.values() if optimizer else []
+        rows.append({
+            "bench": "step", "model": args.model, "mask": mask, "scope": args.scope, "density": density,
+            "variant": name, "trained": sum(parameter.numel() for parameter in parameters),
+            "saved_bytes": saved_bytes(copied, batches[0]), "gradient_error": error,
+            "optimizer_bytes": sum(t.nbytes for s in state for t in s.values()),
+            "tokens": args.batch * args.tokens, "dtype": args.dtype,
+        })  # fmt: skip
+    times = {name: [] for name in ready}
+    for repetition in range(args.repetitions):
+        for name, (copied, optimizer) in ready.items():
+            synchronize(args)
+            start = time.perf_counter()
+            step(copied, optimizer, batches[repetition % len(batches)])
+            synchronize(args)
+            times[name].append(time.perf_counter() - start)
+    for row in rows:
+        mine = times[row["variant"]]
+        row["seconds"] = statistics.median(mine)
+        row["ratios"] = {name: statistics.median(a / b for a, b in zip(mine, theirs))
+                         for name, theirs in times.items()}  # fmt: skip
+        row |= data.environment(args.device) | {"threads": torch.get_num_threads()}
+        row["peak_memory_bytes"] = None
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2", help="smollm2, base, billion or a checkpoint")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.01, 0.001, 0.05])
+    parser.add_argument("--masks", nargs="+", default=["grad", "magnitude", "random"])
+    parser.add_argument("--scope", default="global")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument("--batch", type=int, default=3, help="examples a step")
+    parser.add_argument("--tokens", type=int, default=160, help="tokens an example")
+    parser.add_argument("--batches", type=int, default=11, help="batches to score with and to step through")
+    parser.add_argument("--repetitions", type=int, default=11)
+    parser.add_argument("--peak", action="store_true", help="also measure peak memory, in fresh processes")
+    parser.add_argument("--cache", default="/tmp/speft-step-masks.pt", help="where the masks go for --peak")
+    parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--out", default=str(ROOT / "data/results/step.jsonl"))
+    args = parser.parse_args()
+    if args.only:
+        return run_one(args)
+    model, batches = load(args)
+    chosen = masks(model, batches, args)
+    torch.save(chosen, args.cache)
+    for (mask, density), indices in chosen.items():
+        rows = compare(model, batches, mask, density, indices, args)
+        for row in rows:
+            if args.peak:
+                row["peak_memory_bytes"] = resident_peak(args, row["variant"], mask, density)
+            ratios = "  ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
+            print(f"  {row['variant']:10} {row['trained']:>11,} trained  {row['seconds']:.3f} s  "
+                  f"saved {row['saved_bytes'] / 1e6:,.0f} MB  peak {(row['peak_memory_bytes'] or 0) / 1e6:,.0f} MB  "
+                  f"ratios: {ratios}", flush=True)  # fmt: skip
+        with open(args.out, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
