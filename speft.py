@@ -350,13 +350,12 @@ class SparseLinear(nn.Linear):
 
     weight (out, in): the effective weight, corrected in place, so that a forward pass is one F.linear.
     index (k,): the trained entries' flat positions, row-major and sorted. delta (k,): the trainable
-    correction, float32 whatever the weight's type, zero at first. Of every entry ever trained, also by earlier
-    masks, the layer holds the position `known` (m,), sorted, the value `original` in the base and what masks
-    before this one learned, `carried`; `place` (k,) is where `index` stands in `known`. The effective value is
-        original + (carried + delta).
+    correction, float32 whatever the weight's type, zero at first. An entry's effective value is
+        original + (carried + delta),
+    with `carried` what earlier masks had learned there. Entries that have left the mask are `past`.
     """
 
-    BUFFERS = ("index", "place", "known", "original", "carried")
+    BUFFERS = ("index", "original", "carried", "past_index", "past_original", "past_total")
 
     def __init__(self, in_features, out_features, index, bias=True, device=None, dtype=None):
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -370,56 +369,50 @@ class SparseLinear(nn.Linear):
             empty = self.weight.data.new_empty(0)
             for name in self.BUFFERS:
                 self.register_buffer(name, empty)
-            self.place, self.known, self.carried = empty.long(), empty.long(), empty.float()
+            self.index, self.past_index = empty.long(), empty.long()
+            self.carried, self.past_total = empty.float(), empty.float()
             self.delta = nn.Parameter(empty.float())
         weight = self.weight.data.view(-1)
-        before, original, total = self.learned()
-        weight[before] = original  # for a moment the layer is its original self
+        known, original, total = self.learned()
+        weight[known] = original  # for a moment the layer is its original self
+        correction = torch.zeros_like(weight, dtype=torch.float32)
+        correction[known] = total
         self.index = index.to(weight.device, torch.int64, copy=True)
-        self.known = torch.cat((before, self.index)).unique()
-        self.place = torch.searchsorted(self.known, self.index)
-        self.original = weight[self.known]
-        self.carried = torch.zeros_like(self.original, dtype=torch.float32)
-        self.carried[torch.searchsorted(self.known, before)] = total
-        self.delta = nn.Parameter(torch.zeros_like(self.index, dtype=torch.float32))
-        self.covered = None
-        self.sync()
+        self.original, self.carried = weight[self.index], correction[self.index]
+        self.past_index = known[~torch.isin(known, self.index)]
+        self.past_original, self.past_total = weight[self.past_index], correction[self.past_index]
+        self.write(known, original, total)
+        self.delta = nn.Parameter(torch.zeros_like(self.carried))
 
     def learned(self):
         """(index, original, total correction) of every entry ever trained, sorted by index."""
         self.sync()
-        return self.known, self.original, self.total()
-
-    def total(self):
-        """What has been learned so far: the correction (m,) of each known entry."""
-        return self.carried.index_add(0, self.place, self.delta.detach())
+        index, order = torch.cat((self.index, self.past_index)).sort()
+        original = torch.cat((self.original, self.past_original))
+        total = torch.cat((self.carried + self.delta.detach(), self.past_total))
+        return index, original[order], total[order]
 
     def sync(self):
-        """Make the weight right, however `delta` was changed: m entries, cheap at every forward pass."""
+        """Make the weight right, however `delta` was changed: k entries, cheap at every forward pass."""
+        self.write(self.index, self.original, self.carried + self.delta.detach())
+
+    def write(self, index, original, total):
+        """Set the weight's entries `index` to original + total."""
         # Through .data: a backward pass that is still to come saw the same values, so autograd need not know.
-        values = (self.original + self.total()).to(self.weight.dtype)  # the sum in float32 or wider
-        self.weight.data.view(-1).index_copy_(0, self.known, values)
+        values = (original + total).to(self.weight.dtype)  # the sum in float32 or wider
+        self.weight.data.view(-1).index_copy_(0, index, values)
 
     def forward(self, x):
         self.sync()
-        trained = self.delta.requires_grad and len(self.delta)
-        if self.weight.requires_grad or not trained:  # being scored, or frozen
+        if self.weight.requires_grad or not self.delta.requires_grad:  # being scored, or frozen
             return F.linear(x, self.weight, self.bias)
-        y = _SparseGradient.apply(
-            x.reshape(-1, self.in_features), self.weight, self.bias, self.delta, *self.cover()
-        )
+        x_rows = x.reshape(-1, self.in_features)
+        y = _SparseGradient.apply(x_rows, self.weight, self.bias, self.delta, self.index)
         return y.view(*x.shape[:-1], self.out_features)
-
-    def cover(self):
-        """`cover` of the mask, planned again only when `index` has changed, be it in place (a state dict)."""
-        mask = self.index, self.index._version
-        if self.covered is None or self.covered[0] is not mask[0] or self.covered[1] != mask[1]:
-            self.covered = *mask, cover(self.index, *self.weight.shape)
-        return self.covered[2]
 
     def plain(self):
         """Become an nn.Linear again, with the weight as it stands."""
-        for name in ("delta", "covered", *self.BUFFERS):
+        for name in ("delta", *self.BUFFERS):
             delattr(self, name)
         self.__class__ = nn.Linear
 
@@ -429,78 +422,29 @@ class SparseLinear(nn.Linear):
 
     def _apply(self, fn, recurse=True):
         # .to(torch.bfloat16) means the weights; corrections move along, but stay float32.
-        exact = (self.delta, self.delta.grad, self.carried)
+        exact = (self.delta, self.delta.grad, self.carried, self.past_total)
         super()._apply(lambda t: t.to(fn(t).device) if any(t is e for e in exact) else fn(t), recurse)
-        self.sync()  # round the sum, not the rounded sum
+        self.write(self.past_index, self.past_original, self.past_total)  # round the sum, not the rounded sum
         return self
 
 
-def cover(index, n_rows, n_columns):
-    """Which part of the weight's gradient to form, so that it holds all the entries `index` and little else.
-
-    Salience forms lines: most of the entries that matter lie in a few columns (input features) or a few rows
-    (outputs). Every entry of the gradient dyᵀ x is a product of one column of dy and one of x, so that
-        x[:, columns]ᵀ dy   and   dy[:, rows]ᵀ x[:, others]
-    are exactly those parts of it (the first transposed, which multiplies faster). `columns` are the crowded ones, whole; the entries outside them lie in the
-    rectangle rows x others. How crowded a column must be is tried out: the cheapest split is taken.
-
-    Returns [places, columns, rows, others], where places (k,) says where the entries stand in the two
-    products, laid flat one after the other; or only [index], places in dyᵀ x, where no split is cheaper.
-    """
-    row, column = index // n_columns, index % n_columns
-    crowd = column.bincount(minlength=n_columns)[column]  # the number of entries in the same column
-    cheapest, best = n_rows * n_columns, None
-    for exponent in range(n_rows.bit_length() + 1):
-        crowded = crowd >= 2**exponent
-        lines = column[crowded].unique(), row[~crowded].unique(), column[~crowded].unique()
-        columns, rows, others = map(len, lines)
-        cost = n_rows * columns + rows * others + COPY * (columns + rows + others)
-        if cost < cheapest:
-            cheapest, best = cost, (crowded, lines)
-    if best is None:
-        return [index]
-    crowded, (columns, rows, others) = best
-    in_first = torch.searchsorted(columns, column) * n_rows + row
-    in_second = torch.searchsorted(rows, row) * len(others) + torch.searchsorted(others, column)
-    places = torch.where(crowded, in_first, n_rows * len(columns) + in_second)
-    return [places, columns, rows, others]
-
-
-COPY = 50  # copying a row or column out takes about as long as multiplying by this many (measured on CPUs)
-
-
 class _SparseGradient(torch.autograd.Function):
-    """y = x Wᵀ + b for x (N, in); of the gradient of W only what `cover` planned is formed, for delta."""
+    """y = x Wᵀ + b for x (N, in); the gradient of W is gathered at `index` for delta, and freed."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, delta, places, *lines):
-        kept = [x]
-        if lines and 4 * (len(lines[0]) + len(lines[2])) < x.size(1):
-            # Copies of a few columns, and x can go. Of more columns x is the smaller thing to keep, since
-            # often two or three layers read the same x.
-            kept = [x.index_select(1, columns) for columns in lines[::2]]
-        ctx.save_for_backward(weight, places, *kept, *lines)
-        ctx.n_kept = len(kept)
+    def forward(ctx, x, weight, bias, delta, index):
+        ctx.save_for_backward(x, weight, index)
         return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        weight, places, *kept_and_lines = ctx.saved_tensors
+        x, weight, index = ctx.saved_tensors
         # Under autocast dy is narrower than the weight and x.
-        kept = [x.to(dy.dtype) for x in kept_and_lines[: ctx.n_kept]]
-        lines = kept_and_lines[ctx.n_kept :]
         dx = dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
-        if lines:
-            columns, rows, others = lines
-            if len(kept) == 1:
-                kept = [kept[0].index_select(1, columns), kept[0].index_select(1, others)]
-            first, second = kept[0].T @ dy, dy.index_select(1, rows).T @ kept[1]
-            dweight = torch.cat((first.view(-1), second.view(-1)))
-        else:
-            dweight = (dy.T @ kept[0]).view(-1)
-        return dx, None, dbias, dweight[places].float(), None, *(None for _ in lines)
+        ddelta = (dy.T @ x.to(dy.dtype)).view(-1)[index].float()
+        return dx, None, dbias, ddelta, None
 
 
 def sparsify(model, indices):

@@ -4,7 +4,6 @@ Every expectation is computed another way: a Python sort for `select`, plain aut
 for `SparseLinear`, and bits compared with an untouched base for what must be exact.
 """
 
-import collections
 import copy
 import gc
 import io
@@ -22,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from model import GPT, GPTConfig
-from speft import SparseLinear, adapter, cover, load_adapter, merge, remask, salience, select, sparsify
+from speft import SparseLinear, adapter, load_adapter, merge, remask, salience, select, sparsify
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 LAYERS = ("0", "3", "5")  # the linear layers of `mlp`
@@ -360,15 +359,14 @@ class Dense(nn.Module):
 
 
 def gradients(layer, x, loss, x_grad=True):
-    """The output and the gradients of delta (None for an empty mask, which trains nothing), bias and input."""
+    """The output and the gradients of delta, bias and input."""
     x = x.detach().clone().requires_grad_(x_grad)
     if layer.bias is not None:
         layer.bias.requires_grad_(True)
     y = layer(x)
     out = y.detach().clone()
     loss(y).backward()
-    ddelta = layer.delta.grad if len(layer.delta) else None
-    return out, ddelta, None if layer.bias is None else layer.bias.grad, x.grad
+    return out, layer.delta.grad, None if layer.bias is None else layer.bias.grad, x.grad
 
 
 def assert_gradients_near(got, want, dtype):
@@ -1417,109 +1415,3 @@ def test_a_gpt_trains_sparsely_and_its_adapter_gives_the_same_logits(refreshes):
         assert same_bits(merge(model)(batch[0])[0], logits)
         load_adapter(other, {})
         assert same_bits(other(batch[0])[0], base(batch[0])[0])
-
-
-# --- the cover: only a part of the weight's gradient is formed ---
-
-
-def a_mask(kind, shape, generator):
-    """Sorted flat indices of a random mask of this kind in a weight of this shape."""
-    n_rows, n_columns = shape
-
-    def some(n, share):
-        return torch.randperm(n, generator=generator)[: max(1, round(share * n))]
-
-    mask = torch.zeros(shape, dtype=torch.bool)
-    if kind in ("columns", "lines"):
-        mask[:, some(n_columns, 0.02)] = True
-    if kind in ("rows", "lines"):
-        mask[some(n_rows, 0.02)] = True
-    if kind == "rectangle":
-        mask[some(n_rows, 0.2)[:, None], some(n_columns, 0.2)] = True
-    if kind == "random":
-        mask.view(-1)[some(mask.numel(), 0.1)] = True
-    if kind == "one entry":
-        mask.view(-1)[some(mask.numel(), 0)] = True
-    if kind == "full":
-        mask[:] = True
-    if kind in ("columns", "rows", "lines", "rectangle"):  # no line is ever complete
-        kept = torch.rand(shape, generator=generator) < 0.5
-        kept.view(-1)[mask.flatten().nonzero()[0]] = True
-        mask &= kept
-    return mask.flatten().nonzero().squeeze(1)
-
-
-KINDS = ("columns", "rows", "lines", "rectangle", "random", "one entry", "full")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_covered_gradient_is_the_dense_one(kind):
-    # Thousands of masks in all, wide layers included; the product dyᵀ x in float64 is the oracle.
-    generator = torch.Generator().manual_seed(KINDS.index(kind))
-    taken = collections.Counter()
-    for trial in range(300):
-        largest = 1500 if trial % 50 == 0 else 80
-        shape = torch.randint(1, largest, (2,), generator=generator).tolist()
-        index = a_mask(kind, shape, generator)
-        layer, _ = sparse_layer(shape, index, bias=False)
-        x = torch.randn(5, shape[1], generator=generator)
-        dy = torch.randn(5, shape[0], generator=generator)
-        layer(x).backward(dy)
-        want = (dy.double().T @ x.double()).view(-1)[index]
-        assert (layer.delta.grad - want).norm() <= 1e-5 * want.norm()
-        taken[len(layer.cover())] += 1
-    assert taken[1] + taken[4] == 300 and (taken[4] > 100 or kind in ("random", "full"))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_cover_is_taken_where_it_pays(kind):
-    generator = torch.Generator().manual_seed(1)
-    shape = (900, 700)
-    index = a_mask(kind, shape, generator)
-    planned = cover(index, *shape)
-    assert (len(planned) == 4) == (kind not in ("random", "full"))
-    if len(planned) == 4:
-        places, columns, rows, others = planned
-        formed = columns.numel() * shape[0] + rows.numel() * others.numel()
-        assert formed < 0.2 * shape[0] * shape[1]
-        assert len(places.unique()) == len(index) and 0 <= places.min() and places.max() < formed
-
-
-def saved_for_backward(layer, x):
-    """The shapes of what autograd keeps, besides the layer's own tensors and plan."""
-    own = {t.data_ptr() for t in (*layer.parameters(), *layer.buffers(), *layer.cover())}
-    kept = []
-
-    def pack(tensor):
-        if tensor.data_ptr() not in own:
-            kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x)
-    return kept
-
-
-def test_few_columns_of_the_input_are_kept_or_else_the_input_itself():
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(50, 700)
-    few, _ = sparse_layer((900, 700), a_mask("columns", (900, 700), generator))
-    kept = saved_for_backward(few, x)
-    assert sum(t.numel() for t in kept) <= 0.02 * x.numel() + 50
-    for kind in ("rows", "random"):
-        layer, _ = sparse_layer((900, 700), a_mask(kind, (900, 700), generator))
-        assert [t.data_ptr() for t in saved_for_backward(layer, x)] == [x.data_ptr()]  # shared, not copied
-
-
-def test_a_mask_that_a_state_dict_brings_gets_its_own_cover():
-    generator = torch.Generator().manual_seed(3)
-    shape = (300, 200)
-    one, two = (torch.arange(300) * 200 + column for column in (3, 150))
-    layer, _ = sparse_layer(shape, one)
-    other, base = sparse_layer(shape, two)
-    x, dy = torch.randn(7, 200, generator=generator), torch.randn(7, 300, generator=generator)
-    layer(x).backward(dy)  # plans the cover of `one`
-    layer.load_state_dict(other.state_dict())
-    layer.delta.grad = None
-    layer(x).backward(dy)
-    assert_near(layer.delta.grad, (dy.T @ x).view(-1)[two], torch.float32)

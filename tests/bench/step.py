@@ -9,7 +9,6 @@ through the dense weight. Rows are appended to --out as JSON lines.
 
 import argparse
 import copy
-import functools
 import json
 import resource
 import statistics
@@ -26,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import baselines  # noqa: E402
+import covered  # noqa: E402
 import data  # noqa: E402
 import speft  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
@@ -98,18 +98,16 @@ def scatter(model, indices, density):
 
 
 def gather(model, indices, density):
-    """This project's layer without its cover: the dense gradient is formed, gathered and freed."""
-    deltas = speft.sparsify(model, indices)
-    for layer in speft.linear_layers(model).values():
-        layer.cover = functools.partial(lambda index: [index], layer.index)
-    return deltas
-
-
-def sparse(model, indices, density):
+    """This project's layer: the dense gradient is formed, gathered and freed."""
     return speft.sparsify(model, indices)
 
 
-VARIANTS = {f.__name__: f for f in (frozen, full, lora, peft_lora, scatter, gather, sparse)}
+def cover(model, indices, density):
+    """Its prototype that forms only what the mask needs."""
+    return covered.sparsify(model, indices)
+
+
+VARIANTS = {f.__name__: f for f in (frozen, full, lora, peft_lora, scatter, gather, cover)}
 
 # --- measuring ---
 
@@ -149,7 +147,7 @@ def saved_bytes(model, batch):
     """Bytes that autograd keeps for the backward pass, the model's own tensors aside."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     for layer in model.modules():
-        if isinstance(layer, speft.SparseLinear) and len(layer.delta):
+        if isinstance(layer, covered.CoveredLinear) and len(layer.delta):
             own |= {t.untyped_storage().data_ptr() for t in layer.cover()}
     kept = {}
 
@@ -173,7 +171,7 @@ def check_gradients(model, indices, batch):
     wanted = {name: layer.weight.grad for name, layer in speft.linear_layers(dense).items()}
     del dense
     worst = 0.0
-    for variant in (sparse, gather):
+    for variant in (cover, gather):
         other = copy.deepcopy(model)
         variant(other, indices, None)
         losses(other, batch).mean().backward()

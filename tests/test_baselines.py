@@ -1,0 +1,61 @@
+"""LoRA and PiSSA of tests/bench/baselines.py, against dense matrices."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+
+import baselines  # noqa: E402
+import speft  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+
+
+def tiny():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=40, block_size=16, n_layer=2, n_head=2, n_embd=32))
+
+
+@pytest.mark.parametrize("method", (baselines.lora, baselines.pissa))
+def test_the_start_is_the_base_and_merging_agrees(method):
+    base, ids = tiny(), torch.arange(24).view(2, 12)
+    adapted = copy.deepcopy(base)
+    parameters = method(adapted, None, 0.1)
+    assert {id(p) for p in adapted.parameters() if p.requires_grad} == {id(p) for p in parameters}
+    torch.testing.assert_close(adapted(ids)[0], base(ids)[0], rtol=1e-4, atol=1e-5)
+    for parameter in parameters:
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    trained = adapted(ids)[0]
+    assert (trained - base(ids)[0]).abs().max() > 0.01
+    merged = baselines.merge(adapted)
+    assert list(merged.state_dict()) == list(base.state_dict())
+    torch.testing.assert_close(merged(ids)[0], trained, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", (0.5, 2.0))
+def test_gradients_are_those_of_the_dense_product(scale):
+    torch.manual_seed(1)
+    layer = baselines.LowRankLinear(torch.nn.Linear(7, 5), 3, scale)
+    layer.B.data.normal_()
+    x, dy = torch.randn(11, 7), torch.randn(11, 5)
+    layer(x).backward(dy)
+    dense = dy.T @ x  # the gradient of W + scale · B A
+    torch.testing.assert_close(layer.A.grad, scale * layer.B.detach().T @ dense)
+    torch.testing.assert_close(layer.B.grad, scale * dense @ layer.A.detach().T)
+    assert layer.linear.weight.grad is None
+
+
+@pytest.mark.parametrize("density", (0.0001, 0.03, 0.1, 0.5))
+def test_ranks_come_as_near_to_the_density_as_whole_ranks_allow(density):
+    layers = speft.linear_layers(tiny())
+    chosen = baselines.ranks(layers, density)
+    sizes = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
+    trained = sum(chosen[name] * sizes[name] for name in layers)
+    wanted = density * sum(layer.weight.numel() for layer in layers.values())
+    lowest = sum(sizes.values())
+    assert min(chosen.values()) >= 1
+    assert abs(trained - wanted) <= max(sizes.values()) / 2 or trained == lowest > wanted
+    assert trained == sum(p.numel() for p in baselines.lora(tiny(), None, density))

@@ -1,0 +1,125 @@
+"""The covered gradient of tests/bench/covered.py is the dense one, and is taken where it pays."""
+
+import collections
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+
+from covered import cover, sparsify  # noqa: E402
+
+
+def covered_layer(shape, index, bias=True):
+    """A covered layer with a random delta, and its base weight."""
+    layer = nn.Linear(shape[1], shape[0], bias=bias)
+    base = layer.weight.detach().clone()
+    sparsify(nn.Sequential(layer), {"0": index})
+    layer.delta.data.copy_(torch.randn(len(index)) / shape[1] ** 0.5)
+    return layer, base
+
+
+def a_mask(kind, shape, generator):
+    """Sorted flat indices of a random mask of this kind in a weight of this shape."""
+    n_rows, n_columns = shape
+
+    def some(n, share):
+        return torch.randperm(n, generator=generator)[: max(1, round(share * n))]
+
+    mask = torch.zeros(shape, dtype=torch.bool)
+    if kind in ("columns", "lines"):
+        mask[:, some(n_columns, 0.02)] = True
+    if kind in ("rows", "lines"):
+        mask[some(n_rows, 0.02)] = True
+    if kind == "rectangle":
+        mask[some(n_rows, 0.2)[:, None], some(n_columns, 0.2)] = True
+    if kind == "random":
+        mask.view(-1)[some(mask.numel(), 0.1)] = True
+    if kind == "one entry":
+        mask.view(-1)[some(mask.numel(), 0)] = True
+    if kind == "full":
+        mask[:] = True
+    if kind in ("columns", "rows", "lines", "rectangle"):  # no line is ever complete
+        kept = torch.rand(shape, generator=generator) < 0.5
+        kept.view(-1)[mask.flatten().nonzero()[0]] = True
+        mask &= kept
+    return mask.flatten().nonzero().squeeze(1)
+
+
+KINDS = ("columns", "rows", "lines", "rectangle", "random", "one entry", "full")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_covered_gradient_is_the_dense_one(kind):
+    # Thousands of masks in all, wide layers included; the product dyᵀ x in float64 is the oracle.
+    generator = torch.Generator().manual_seed(KINDS.index(kind))
+    taken = collections.Counter()
+    for trial in range(300):
+        largest = 1500 if trial % 50 == 0 else 80
+        shape = torch.randint(1, largest, (2,), generator=generator).tolist()
+        index = a_mask(kind, shape, generator)
+        layer, _ = covered_layer(shape, index, bias=False)
+        x = torch.randn(5, shape[1], generator=generator)
+        dy = torch.randn(5, shape[0], generator=generator)
+        layer(x).backward(dy)
+        want = (dy.double().T @ x.double()).view(-1)[index]
+        assert (layer.delta.grad - want).norm() <= 1e-5 * want.norm()
+        taken[len(layer.cover())] += 1
+    assert taken[1] + taken[4] == 300 and (taken[4] > 100 or kind in ("random", "full"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cover_is_taken_where_it_pays(kind):
+    generator = torch.Generator().manual_seed(1)
+    shape = (900, 700)
+    index = a_mask(kind, shape, generator)
+    planned = cover(index, *shape)
+    assert (len(planned) == 4) == (kind not in ("random", "full"))
+    if len(planned) == 4:
+        places, columns, rows, others = planned
+        formed = columns.numel() * shape[0] + rows.numel() * others.numel()
+        assert formed < 0.2 * shape[0] * shape[1]
+        assert len(places.unique()) == len(index) and 0 <= places.min() and places.max() < formed
+
+
+def saved_for_backward(layer, x):
+    """The shapes of what autograd keeps, besides the layer's own tensors and plan."""
+    own = {t.data_ptr() for t in (*layer.parameters(), *layer.buffers(), *layer.cover())}
+    kept = []
+
+    def pack(tensor):
+        if tensor.data_ptr() not in own:
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    return kept
+
+
+def test_few_columns_of_the_input_are_kept_or_else_the_input_itself():
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(50, 700)
+    few, _ = covered_layer((900, 700), a_mask("columns", (900, 700), generator))
+    kept = saved_for_backward(few, x)
+    assert sum(t.numel() for t in kept) <= 0.02 * x.numel() + 50
+    for kind in ("rows", "random"):
+        layer, _ = covered_layer((900, 700), a_mask(kind, (900, 700), generator))
+        assert [t.data_ptr() for t in saved_for_backward(layer, x)] == [x.data_ptr()]  # shared, not copied
+
+
+def test_a_mask_that_a_state_dict_brings_gets_its_own_cover():
+    generator = torch.Generator().manual_seed(3)
+    shape = (300, 200)
+    one, two = (torch.arange(300) * 200 + column for column in (3, 150))
+    layer, _ = covered_layer(shape, one)
+    other, base = covered_layer(shape, two)
+    x, dy = torch.randn(7, 200, generator=generator), torch.randn(7, 300, generator=generator)
+    layer(x).backward(dy)  # plans the cover of `one`
+    layer.load_state_dict(other.state_dict())
+    layer.delta.grad = None
+    layer(x).backward(dy)
+    torch.testing.assert_close(layer.delta.grad, (dy.T @ x).view(-1)[two], rtol=1e-5, atol=1e-5)
