@@ -20,7 +20,10 @@ COPY = 50  # copying a row or column out takes about as long as multiplying by t
 
 
 class CoveredLinear(speft.SparseLinear):
-    """A SparseLinear whose backward pass follows `cover`. An empty mask trains nothing: its delta gets no grad."""
+    """A SparseLinear whose backward pass follows `cover`.
+
+    An empty mask trains nothing: its delta gets no gradient.
+    """
 
     def forward(self, x):
         self.sync()
@@ -53,8 +56,9 @@ def cover(index, n_rows, n_columns):
     Salience forms lines: most of the entries that matter lie in a few columns (input features) or a few rows
     (outputs). Every entry of the gradient dyᵀ x is a product of one column of dy and one of x, so that
         x[:, columns]ᵀ dy   and   dy[:, rows]ᵀ x[:, others]
-    are exactly those parts of it (the first transposed, which multiplies faster). `columns` are the crowded ones, whole; the entries outside them lie in the
-    rectangle rows x others. How crowded a column must be is tried out: the cheapest split is taken.
+    are exactly those parts of it (the first transposed, which multiplies faster). `columns` are the crowded
+    ones, whole; the entries outside them lie in the rectangle rows x others. How crowded a column must be is
+    tried out: the cheapest split is taken.
 
     Returns [places, columns, rows, others], where places (k,) says where the entries stand in the two
     products, laid flat one after the other; or only [index], places in dyᵀ x, where no split is cheaper.

@@ -287,9 +287,10 @@ def main():
             if args.peak:
                 row["peak_memory_bytes"] = resident_peak(args, row["variant"], mask, density)
             ratios = "  ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
+            peak = (row["peak_memory_bytes"] or 0) / 1e6
             print(f"  {row['variant']:10} {row['trained']:>11,} trained  {row['seconds']:.3f} s  "
-                  f"saved {row['saved_bytes'] / 1e6:,.0f} MB  peak {(row['peak_memory_bytes'] or 0) / 1e6:,.0f} MB  "
-                  f"ratios: {ratios}", flush=True)  # fmt: skip
+                  f"saved {row['saved_bytes'] / 1e6:,.0f} MB  peak {peak:,.0f} MB  ratios: {ratios}",
+                  flush=True)  # fmt: skip
         with open(args.out, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
