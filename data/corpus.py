@@ -7,7 +7,6 @@ a split by the checksum of its name, so that a newer Python keeps old documents 
 
 import ast
 import functools
-import hashlib
 import re
 import sysconfig
 import warnings
@@ -27,15 +26,6 @@ MIN_WORDS = 60  # a docstring shorter than this is a remark, not a document
 def load_corpus(name):
     """The corpus `name` ("stdlib" or "prose") as {split: list of documents}. Cached: it takes seconds."""
     return {"stdlib": _stdlib, "prose": _prose}[name]()
-
-
-def corpus_hash(name):
-    """A short hash of the corpus: runs on another Python version read other text, and this shows it."""
-    digest = hashlib.sha256()
-    for split, documents in load_corpus(name).items():
-        for document in (split, *documents):
-            digest.update(document.encode() + b"\0")
-    return digest.hexdigest()[:16]
 
 
 @functools.cache
@@ -58,16 +48,11 @@ def _sources():
 
 
 def _docstrings(tree):
-    """(qualified name, the docstring's node) of a module and of its classes and functions."""
-    todo = [("", tree)]
-    while todo:
-        name, node = todo.pop()
+    """(name, the docstring's node) of a module and of its classes and functions."""
+    for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             if ast.get_docstring(node, clean=False):
-                yield name, node.body[0]
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, (ast.stmt, ast.excepthandler)):  # expressions hold no definitions
-                todo.append((f"{name}.{getattr(child, 'name', '')}", child))
+                yield getattr(node, "name", ""), node.body[0]
 
 
 def _stdlib():
@@ -77,7 +62,7 @@ def _stdlib():
         for _, node in _docstrings(tree):
             inside.update(range(node.lineno, node.end_lineno + 1))
         text = "\n".join(line.rstrip() for number, line in enumerate(lines, 1) if number not in inside)
-        corpus[_split(path, held_out=0.04)].append(text.strip() + "\n")
+        corpus[split_of(path, held_out=0.04)].append(text.strip() + "\n")
     return corpus
 
 
@@ -100,7 +85,7 @@ def _prose():
                 kept.append(paragraph)
             seen.update(grams)
         if sum(len(paragraph.split()) for paragraph in kept) >= MIN_WORDS:
-            corpus[_split(name, held_out=0.1)].append("\n\n".join(kept) + "\n")
+            corpus[split_of(name, held_out=0.1)].append("\n\n".join(kept) + "\n")
     return corpus
 
 
@@ -119,7 +104,7 @@ def _grams(text):
     return {hash(tuple(words[i : i + GRAM])) for i in range(max(1, len(words) - GRAM + 1))}
 
 
-def _split(name, held_out):
+def split_of(name, held_out):
     """"val" and "test" take a share `held_out` of the documents each."""
     place = zlib.crc32(name.encode()) / 2**32
     return "val" if place < held_out else "test" if place < 2 * held_out else "train"

@@ -3,9 +3,12 @@
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import resource
+import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +41,83 @@ def write_json_lines(path, rows):
 def write_tensors(path, content):
     """Write nested dicts, tuples and tensors for `torch.load(path, weights_only=True)`.
 
-    By way of a buffer, since torch.save writes the file's own name into it: equal contents, equal bytes.
+    Behind the archive, where torch.load does not look, stands its SHA-256. By way of a buffer, since
+    torch.save writes the file's own name into it: equal contents, equal bytes.
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_file(path, buffer.getvalue())
+    write_file(path, buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+
+
+def read_tensors(path):
+    """What `write_tensors` has written; InputError for anything else."""
+    whole = Path(path).read_bytes()
+    content, digest = whole[:-32], whole[-32:]
+    if hashlib.sha256(content).digest() != digest:
+        raise InputError(f"{path} is damaged: its checksum does not fit")
+    try:
+        return torch.load(io.BytesIO(content), weights_only=True)
+    except Exception as error:  # whatever torch stumbles over in a file made to deceive
+        raise InputError(f"{path} cannot be read: {str(error):.200}") from None
+
+
+def write_adapter(args, learned):
+    """Write adapter.pt into the folder args.out: `learned` (of `speft.adapter`), its base and settings.
+
+    Its indices are int32 where they fit, so that an entry takes 8 bytes.
+    """
+    small = {name: (index.int() if math.prod(shape) < 2**31 else index, values, shape)
+             for name, (index, values, shape) in learned.items()}  # fmt: skip
+    saved = {"adapter": small, "base": args.base, "settings": vars(args)}
+    write_tensors(Path(args.out) / "adapter.pt", saved)
+
+
+def read_adapter(path, base):
+    """The "adapter" of an adapter.pt, for `speft.load_adapter`, which checks it against the model.
+
+    Raises InputError unless it was trained on the base with this fingerprint.
+    """
+    saved = read_tensors(path)
+    try:
+        pairs = {name: (index.cpu(), values.cpu(), tuple(shape))
+                 for name, (index, values, shape) in saved["adapter"].items()}  # fmt: skip
+        if saved["base"] == base:
+            return pairs
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise InputError(f"{path} holds no adapter") from None
+    raise InputError(f"{path} was trained on another base: {saved['base']!r:.100}, not {base}")
+
+
+def write_progress(args, log, masks, params, optimizer):
+    """Write a checkpoint into the folder args.out: two files take turns, so that the one before stays."""
+    values = [parameter.detach() for parameter in params]
+    progress = {"settings": vars(args), "log": log, "masks": masks, "values": values, "result": None}
+    turn = len(log) // max(1, args.checkpoint_every) % 2
+    write_tensors(Path(args.out) / f"checkpoint-{turn}.pt", progress | {"optimizer": optimizer.state_dict()})
+
+
+def read_progress(args):
+    """The newest intact checkpoint of a run with these settings in the folder args.out, or None.
+
+    Of a run that had finished it has the "result". Warns of a damaged file; raises InputError if all
+    checkpoints are of other settings.
+    """
+    folder, found, different = Path(args.out), [], []
+    own = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "checkpoint_every")}
+    if (folder / "result.json").exists():
+        result = read_json(folder / "result.json")
+        if result.items() >= (own | {"steps_done": args.steps}).items():
+            return {"log": [None] * args.steps, "result": result}
+    for path in folder.glob("checkpoint-*.pt"):
+        try:
+            saved = read_tensors(path)
+            different = [name for name, value in own.items() if saved["settings"].get(name) != value]
+            found += [] if different else [saved]
+        except InputError as error:
+            warnings.warn(f"{error}; going on from the one before", stacklevel=2)
+    if different and not found:
+        raise InputError(f"{folder}: the run to resume had another {', '.join(different)}")
+    return max(found, key=lambda saved: len(saved["log"]), default=None)
 
 
 def write_json(path, value):
@@ -54,26 +129,29 @@ def check_folder(folder):
     """Make `folder` if need be, and sure that files can be written there; returns its Path."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / ".writable", b"")
-    (folder / ".writable").unlink()
+    tempfile.TemporaryFile(dir=folder).close()
     return folder
 
 
-def fingerprint(tensors):
-    """A short hash of {name: tensor}: names, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+def read_json(path):
+    """The JSON object in the file `path` as a dict; InputError if it holds none."""
+    return parse_json(path, path.read_bytes())
+
+
+def parse_json(path, content):
+    """The JSON object in the bytes `content` of the file `path` as a dict; InputError if there is none."""
+    try:
+        value = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return value
 
 
 def environment(device):
     """For result.json: the most bytes held so far, by the device's allocator or the process, and versions."""
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        unit = 1 if platform.system() == "Darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else held
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     return {"peak_memory_bytes": peak, "versions": versions, "processor": platform.machine()}

@@ -1,77 +1,17 @@
-"""Byte-level BPE: the trainer of the shipped vocabulary, and tokenizers from disk as a `tiktoken.Encoding`.
+"""Byte-level BPE tokenizers from disk, as a `tiktoken.Encoding`.
 
 Source: the documentation of the tokenizers library, huggingface.co/docs/tokenizers, for what a tokenizer.json
 says; github.com/openai/gpt-2/blob/master/src/encoder.py for the byte alphabet and the first split pattern.
 """
 
-import base64
-import collections
-import functools
 import itertools
-import re
 import unicodedata
 
-import numpy as np
 import regex  # comes with tiktoken
 import tiktoken
 
-from data.checkpoints import find, one_of, read_gguf, read_json
-from data.files import InputError, write_file, write_json
-
-END = "<|endoftext|>"  # stands between documents
-# Pieces that merges never cross: a word, a number of up to three digits, or signs, each with the space
-# before it; a line break with the indentation after it; other white space.
-PATTERN = r" ?[^\W\d_]+| ?\d{1,3}| ?[^\s\w]+| ?_+|\n+ *|\s+"
-
-
-def train_bpe(texts, n_vocab):
-    """Learn byte-pair merges from `texts`; returns {token bytes: rank} of size n_vocab - 1 (END is the last).
-
-    The most frequent pair of neighbouring tokens becomes a new token, again and again; equal counts go to
-    the pair of lower ranks.
-    """
-    counts = collections.Counter()
-    for text in texts:
-        counts.update(re.findall(PATTERN, text))
-    words = [list(piece.encode()) for piece in counts]
-    times = list(counts.values())
-    tokens = [bytes([byte]) for byte in range(256)]
-    pairs = collections.Counter()  # (left, right) -> how often
-    where = collections.defaultdict(set)  # (left, right) -> the words it stood in
-    for at, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pairs[pair] += times[at]
-            where[pair].add(at)
-    while len(tokens) < n_vocab - 1 and pairs:
-        best = max(pairs, key=lambda pair: (pairs[pair], -pair[0], -pair[1]))
-        tokens.append(tokens[best[0]] + tokens[best[1]])
-        for at in where[best]:
-            merged = _merge(words[at], best, len(tokens) - 1)
-            for pair in zip(words[at], words[at][1:]):
-                pairs[pair] -= times[at]
-            for pair in zip(merged, merged[1:]):
-                pairs[pair] += times[at]
-                where[pair].add(at)
-            words[at] = merged
-        del pairs[best], where[best]
-    return {token: rank for rank, token in enumerate(tokens)}
-
-
-def _merge(word, pair, new):
-    merged = []
-    for token in word:
-        if merged and (merged[-1], token) == pair:
-            merged[-1] = new
-        else:
-            merged.append(token)
-    return merged
-
-
-def save_ranks(ranks, path):
-    """Write {token bytes: rank} in tiktoken's own format: base64 and rank, a line each."""
-    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
-    write_file(path, "".join(lines).encode())
-
+from data.checkpoints import find, one_of, read_gguf
+from data.files import InputError, read_json, write_json
 
 # The split patterns of the pre-tokenizers ByteLevel, and Digits before ByteLevel: there white space before a
 # digit ends a piece, so that it is split as at the end of a text.
@@ -80,7 +20,6 @@ DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N
 STEP = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 SPLITS = {"gpt-2": [STEP], "smollm": [{"type": "Digits", "individual_digits": True}, STEP]}  # by GGUF's names
 ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-FILES = ("vocab.tiktoken", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 # Vocabularies spell a byte as a printable character: itself, or the next free one from 256 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 ALPHABET = {chr(byte): byte for byte in PRINTABLE}
@@ -103,9 +42,7 @@ class Encoding(tiktoken.Encoding):
         super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=numbered)
         self.ids = [*tokens.values(), *specials.values()]
         self.ranks = {number: rank for rank, number in enumerate(self.ids) if number is not None}
-        self.normal = functools.partial(unicodedata.normalize, "NFC") if nfc else str
-        # What tiktoken's own methods tell about ids.
-        self.max_token_value = max(self.ranks)
+        self.normal = (lambda text: unicodedata.normalize("NFC", text)) if nfc else str
         self._special_tokens, self._special_token_values = specials, set(specials.values())
 
     def encode_ordinary(self, text):
@@ -113,9 +50,6 @@ class Encoding(tiktoken.Encoding):
 
     def encode(self, text, **which):
         return self._numbers(super().encode(self.normal(text), **which))
-
-    def encode_to_numpy(self, text, **which):
-        return np.array(self.encode(text, **which), dtype=np.uint32)
 
     def encode_single_token(self, text_or_bytes):
         return self.ids[super().encode_single_token(text_or_bytes)]
@@ -126,9 +60,6 @@ class Encoding(tiktoken.Encoding):
     def decode(self, tokens, errors="replace"):
         return self.decode_bytes(tokens).decode(errors=errors)
 
-    def decode_single_token_bytes(self, token):
-        return super().decode_single_token_bytes(self.ranks[token])
-
     def _numbers(self, ranks):
         return [self.ids[rank] for rank in ranks if self.ids[rank] is not None]
 
@@ -136,25 +67,14 @@ class Encoding(tiktoken.Encoding):
 def load_tokenizer(name):
     """The tokenizer of the model `name` (as `data.find` reads it) as a `tiktoken.Encoding`.
 
-    Read are vocab.tiktoken, tokenizer.json, vocab.json + merges.txt, or a .gguf file, if they hold a
-    byte-level BPE; anything that would encode otherwise is an InputError. No special token is ever added.
+    Read are tokenizer.json, vocab.json + merges.txt, or a .gguf file, if they hold a byte-level BPE; anything
+    that would encode otherwise is an InputError. No special token is ever added.
     """
     path = find(name)
     try:
-        return _load_base(path) if (path / FILES[0]).exists() else _load_described(path, _describe(path))
-    except InputError:
-        raise
+        return _load_described(path, _describe(path))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, regex.error) as error:
         raise InputError(f"{path}: the tokenizer cannot be read ({type(error).__name__}: {error})") from None
-
-
-def _load_base(path):
-    lines = map(bytes.split, (path / FILES[0]).read_bytes().splitlines())
-    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise InputError(f"{path / FILES[0]}: the ranks are not 0, 1, 2 and so on")
-    specials = {END: len(ranks)}
-    return tiktoken.Encoding("speft", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials)
 
 
 def _describe(path):
@@ -183,14 +103,9 @@ def _describe(path):
     }  # fmt: skip
 
 
-def copy_tokenizer(source, folder):
-    """Put the tokenizer of the model `source` (as `data.find` reads it) beside the checkpoint in `folder`."""
-    path = find(source)
-    if path.suffix == ".gguf":
-        write_json(folder / "tokenizer.json", _describe(path))
-    for name in FILES:
-        if (path / name).is_file():
-            write_file(folder / name, (path / name).read_bytes())
+def write_tokenizer(folder, source):
+    """Write the tokenizer of the model `source` (as `find` reads it) as the tokenizer.json of `folder`."""
+    write_json(folder / "tokenizer.json", _describe(find(source)))
 
 
 def _load_described(path, described):
@@ -213,9 +128,11 @@ def _load_described(path, described):
         order.setdefault((left, right), len(order))
         if not {left, right, left + right} <= tokens.keys():
             raise InputError(f"{path}: the merge {merge!r:.100} is not of tokens")
-    tokens = (_whole_pieces if model.get("ignore_merges") else _in_merge_order)(path, tokens, order)
+    ordered = _in_merge_order(tokens, order)
+    if model.get("ignore_merges") and len(ordered) < len(tokens):
+        raise InputError(f"{path}: with ignore_merges, merges must make every token")
     pattern = _pattern(path, described["pre_tokenizer"])
-    return Encoding(str(path), pattern, tokens, specials, nfc=normalizer == "NFC")
+    return Encoding(str(path), pattern, ordered, specials, nfc=normalizer == "NFC")
 
 
 def _spelled(token):
@@ -240,13 +157,14 @@ def _pattern(path, step):
     raise InputError(f"{path}: the pre-tokenizer is not supported: {step!r:.300}")
 
 
-def _in_merge_order(path, tokens, order):
+def _in_merge_order(tokens, order):
     """The part of `tokens` that merging reaches, so ordered that tiktoken makes the same tokens.
 
     tiktoken joins any two neighbours whose joined bytes are a token, the first in order first, and never
     splits a piece that is a token; the file lists which pairs may be joined. Both come to the same if every
     token's own bytes, merged by the list, give that token: inside a longer piece they merge by the same
-    steps, and the last of these is the token's place in the order.
+    steps, and the last of these is the token's place in the order. Of such tokens a list with ignore_merges
+    (Llama 3's), which takes a whole piece that is a token, makes the same, too.
     """
     places = {token: merge_bytes(token, order) for token in tokens}
     return {token: tokens[token] for token in sorted(tokens, key=places.get) if places[token] < len(order)}
@@ -259,13 +177,3 @@ def merge_bytes(token, order):
         rank, at = min((order.get(pair, len(order)), i) for i, pair in enumerate(itertools.pairwise(parts)))
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return rank
-
-
-def _whole_pieces(path, tokens, order):
-    """`tokens` in the order of ids, if the list of merges says what tiktoken's rule says (Llama 3's does)."""
-    made = [tokens[left + right] for left, right in order]
-    halves = ((token[:i], token[i:]) for token in tokens for i in range(1, len(token)))
-    splits = sum(left in tokens and right in tokens for left, right in halves)
-    if made != sorted(made) or splits != len(order):
-        raise InputError(f"{path}: with ignore_merges, all splits must be merges, in the order of ids")
-    return dict(sorted(tokens.items(), key=lambda item: item[1]))

@@ -7,14 +7,22 @@ import lzma
 import os
 import random
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import data
-from data import corpus, files, tokenizer
-from data.examples import Examples, pack
+from data import files
+from data.checkpoints import find
+from data.corpus import load_corpus
+from data.examples import Examples, _pack
 from model import GPT
+
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+
+import vocabulary  # noqa: E402
 
 
 def windows(text, length=16):
@@ -24,7 +32,7 @@ def windows(text, length=16):
 
 
 def test_documents_and_long_runs_of_words_are_in_one_place_only():
-    code, english = data.load_corpus("stdlib"), data.load_corpus("prose")
+    code, english = load_corpus("stdlib"), load_corpus("prose")
     places = {f"prose {split}": documents for split, documents in english.items()}
     places["stdlib"] = code["train"] + code["val"] + code["test"]
     seen = {}
@@ -35,20 +43,18 @@ def test_documents_and_long_runs_of_words_are_in_one_place_only():
 
 def test_the_corpora_are_of_a_useful_size_and_stable():
     for name, least in (("stdlib", 4_000_000), ("prose", 300_000)):
-        splits = data.load_corpus(name)
+        splits = load_corpus(name)
         assert list(splits) == ["train", "val", "test"]
         assert sum(map(len, splits["train"])) > least
         assert min(sum(map(len, splits[split])) for split in ("val", "test")) > 30_000
-        assert len(data.corpus_hash(name)) == 16 and data.corpus_hash(name) == data.corpus_hash(name)
-    assert data.corpus_hash("stdlib") != data.corpus_hash("prose")
 
 
 def test_stdlib_has_no_docstrings_and_prose_no_code():
-    text = "".join(data.load_corpus("stdlib")["train"])
+    text = "".join(load_corpus("stdlib")["train"])
     assert (
         "Return a copy of the string" not in text and '"""' in text
     )  # long strings that are not docstrings stay
-    english = "".join(data.load_corpus("prose")["train"])
+    english = "".join(load_corpus("prose")["train"])
     assert ">>>" not in english
     letters = sum(c.isalpha() or c in " ,.\n" for c in english)
     assert letters / len(english) > 0.9
@@ -57,12 +63,13 @@ def test_stdlib_has_no_docstrings_and_prose_no_code():
 def naive_bpe(pieces, size):
     """The textbook loop: count all pairs, merge the most frequent one everywhere, repeat."""
     words = [[bytes([b]) for b in piece.encode()] for piece in pieces]
-    ranks = {bytes([b]): b for b in range(256)}
+    ranks, merges = {bytes([b]): b for b in range(256)}, []
     while len(ranks) < size:
         counts = collections.Counter(pair for word in words for pair in zip(word, word[1:]))
         if not counts:
             break
         best = max(counts, key=lambda pair: (counts[pair], -ranks[pair[0]], -ranks[pair[1]]))
+        merges.append(best)
         ranks[b"".join(best)] = len(ranks)
         for n, word in enumerate(words):
             merged = []
@@ -71,14 +78,15 @@ def naive_bpe(pieces, size):
                 merged.append(b"".join(word[:step]))
                 word = word[step:]
             words[n] = merged
-    return ranks
+    return list(ranks), merges
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_bpe_training_agrees_with_the_textbook_loop(seed):
     rng = random.Random(seed)
     text = "".join(rng.choice("ab  \ncé_1(") for _ in range(400))
-    assert tokenizer.train_bpe([text], 300) == naive_bpe(re.findall(tokenizer.PATTERN, text), 299)
+    learned = vocabulary.train_bpe([text], 300)
+    assert learned == naive_bpe(re.findall(vocabulary.PATTERN, text), 299)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -94,7 +102,7 @@ def test_the_shipped_tokenizer_returns_every_text(seed):
 def test_samples_are_shifted_by_one_and_miss_nothing():
     encoding = data.load_tokenizer("base")
     end = encoding.n_vocab - 1
-    examples = pack(["x = 1\n" * 9, "y"], encoding, seq_len=7, device="cpu")
+    examples = _pack(["x = 1\n" * 9, "y"], encoding, seq_len=7, device="cpu")
     stream = [end, *encoding.encode_ordinary("x = 1\n" * 9), end, *encoding.encode_ordinary("y"), end]
     inputs, targets = (torch.cat(parts).tolist() for parts in zip(*examples.samples))
     assert inputs == stream[:-1] and targets == stream[1:]
@@ -108,14 +116,14 @@ def numbered(count):
 @pytest.mark.parametrize("count", (1, 5, 8))
 def test_drawing_is_a_reshuffled_pass_and_a_function_of_its_arguments(count):
     examples = numbered(count)
-    drawn = [examples.draw(at, 1, seed=3)[0][0][0, 0].item() for at in range(4 * count)]
+    drawn = [examples.draw(at, 1, seed=3, size=1)[0][0][0, 0].item() for at in range(4 * count)]
     for epoch in range(4):
         assert sorted(drawn[epoch * count : (epoch + 1) * count]) == list(range(count))
     for start in range(2 * count):
-        (batch,) = examples.draw(start, count + 1, seed=3)
+        (batch,) = examples.draw(start, count + 1, seed=3, size=count + 1)
         assert batch[0][:, 0].tolist() == drawn[start : start + count + 1]
     if count > 1:
-        assert drawn != [examples.draw(at, 1, seed=4)[0][0][0, 0].item() for at in range(4 * count)]
+        assert drawn != [examples.draw(at, 1, seed=4, size=1)[0][0][0, 0].item() for at in range(4 * count)]
 
 
 def test_batches_are_padded_on_the_right_without_counting_it():
@@ -151,29 +159,43 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
 def test_equal_tensors_make_equal_files(tmp_path):
     content = {"adapter": {"0": (torch.arange(5), torch.rand(5), (2, 3))}, "base": "x"}
     for name in ("one.pt", "another.pt"):
-        data.write_tensors(tmp_path / name, content)
+        files.write_tensors(tmp_path / name, content)
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "another.pt").read_bytes()
     assert torch.load(tmp_path / "one.pt", weights_only=True)["base"] == "x"
 
 
 def test_fingerprints_see_names_types_shapes_and_bits():
-    base = {"a": torch.zeros(2, 3), "b": torch.ones(1)}
+    def like(**tensors):
+        model = torch.nn.ParameterDict(tensors)
+        return GPT.fingerprint(model)
+
+    base = dict(a=torch.zeros(2, 3), b=torch.ones(1))
     others = [
-        {"a": torch.zeros(2, 3), "c": torch.ones(1)},
-        {"a": torch.zeros(2, 3), "b": torch.ones(1, dtype=torch.float64)},
-        {"a": torch.zeros(3, 2), "b": torch.ones(1)},
-        {"a": -torch.zeros(2, 3), "b": torch.ones(1)},
+        like(a=torch.zeros(2, 3), c=torch.ones(1)),
+        like(a=torch.zeros(2, 3), b=torch.ones(1, dtype=torch.float64)),
+        like(a=torch.zeros(3, 2), b=torch.ones(1)),
+        like(a=-torch.zeros(2, 3), b=torch.ones(1)),
     ]
-    prints = [data.fingerprint(tensors) for tensors in (base, *others)]
-    assert len(set(prints)) == 5 and data.fingerprint(dict(reversed(base.items()))) == prints[0]
+    assert len({like(**base), *others}) == 5 and like(**dict(reversed(base.items()))) == like(**base)
+
+
+def test_a_fingerprint_of_examples_sees_every_token_and_target():
+    sample = torch.arange(4), torch.arange(1, 5)
+    base = Examples([sample, sample]).fingerprint()
+    assert base == Examples([sample, sample]).fingerprint() and len(base) == 16
+    for place in range(4):
+        for part in range(2):
+            changed = [tensor.clone() for tensor in sample]
+            changed[part][place] = -100
+            assert Examples([sample, changed]).fingerprint() != base
 
 
 def test_the_shipped_base_is_small_and_reads_code_better_than_xz():
-    folder = data.find("base")
+    folder = find("base")
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 12_000_000
-    text = "".join(data.load_corpus("stdlib")["test"])[:60_000]
+    text = "".join(load_corpus("stdlib")["test"])[:60_000]
     encoding, model = data.load_tokenizer("base"), GPT.from_pretrained("base")
-    batches = pack([text], encoding, 256, "cpu").spread(1000, 16)
+    batches = _pack([text], encoding, 256, "cpu").spread(1000, 16)
     with torch.no_grad():
         nats = sum(
             model(*batch, reduction="none")[1].mul((batch[1] != -100).sum(1)).sum() for batch in batches

@@ -359,14 +359,15 @@ class Dense(nn.Module):
 
 
 def gradients(layer, x, loss, x_grad=True):
-    """The output and the gradients of delta, bias and input."""
+    """The output and the gradients of delta (None for an empty mask, which trains nothing), bias and input."""
     x = x.detach().clone().requires_grad_(x_grad)
     if layer.bias is not None:
         layer.bias.requires_grad_(True)
     y = layer(x)
     out = y.detach().clone()
     loss(y).backward()
-    return out, layer.delta.grad, None if layer.bias is None else layer.bias.grad, x.grad
+    ddelta = layer.delta.grad if len(layer.delta) else None
+    return out, ddelta, None if layer.bias is None else layer.bias.grad, x.grad
 
 
 def assert_gradients_near(got, want, dtype):
@@ -521,7 +522,7 @@ def test_autograd_saves_the_input_itself_and_no_dense_copy_of_the_weight(leading
         layer(x)
     ours = {memory(t) for t in (x, *layer.parameters(), *layer.buffers())}
     assert memory(x) in {memory(t) for t in saved}, "the input is kept, but not with save_for_backward"
-    assert sum(t.numel() for t in saved if memory(t) not in ours) <= 1000
+    assert sum(t.numel() for t in saved if memory(t) not in ours) <= 1000 + 160  # places and columns
 
 
 @pytest.mark.parametrize("x_grad", [True, False])
@@ -607,7 +608,8 @@ def test_the_backward_pass_frees_each_dense_gradient_before_the_next():
 @pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32])
 def test_a_new_layer_is_a_linear_with_a_frozen_weight_and_a_zero_float32_delta(dtype, index_dtype):
     index = torch.tensor([1, 4, 11], dtype=index_dtype)
-    layer = SparseLinear(4, 3, index, bias=False, dtype=dtype)
+    layer = nn.Linear(4, 3, bias=False, dtype=dtype)
+    sparsify(nn.Sequential(layer), {"0": index})
     assert isinstance(layer, nn.Linear) and layer.weight.shape == (3, 4) and layer.bias is None
     assert layer.weight.dtype == dtype and not layer.weight.requires_grad
     assert isinstance(layer.delta, nn.Parameter) and layer.delta.requires_grad

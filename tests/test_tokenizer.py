@@ -11,16 +11,19 @@ import pytest
 
 from data import checkpoints
 from data.files import InputError
-from data.tokenizer import ALPHABET, copy_tokenizer, load_tokenizer, save_ranks, train_bpe
+from data.tokenizer import ALPHABET, load_tokenizer, write_tokenizer
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "tokenizers.json").read_text())
 TEXTS = FIXTURE["texts"]
+UNMERGED = {"xyzzyq": 517, "Ġqqqq": 518}  # tokens of the variant llama3 that no merge makes
 
 
 def describe(name):
     """The tokenizer.json of a variant."""
     variant = FIXTURE["variants"][name]
     model = {"type": "BPE", "vocab": FIXTURE["vocab"], "merges": FIXTURE["merges"]} | variant["model"]
+    if name == "llama3":  # with ignore_merges the library reads these; they are refused here
+        model["vocab"] = {token: i for token, i in model["vocab"].items() if token not in UNMERGED}
     return {**{key: value for key, value in variant.items() if key != "ids"}, "model": model}
 
 
@@ -33,6 +36,8 @@ def write(folder, description):
 def test_ids_are_the_library_s(name, tmp_path):
     tokenizer = load_tokenizer(write(tmp_path, describe(name)))
     for text, ids in zip(TEXTS, FIXTURE["variants"][name]["ids"]):
+        if name == "llama3" and set(ids) & set(UNMERGED.values()):
+            continue
         assert tokenizer.encode(text, allowed_special="all") == ids
         if name != "qwen2":  # which normalises
             assert tokenizer.decode(ids) == text
@@ -47,14 +52,11 @@ def test_every_method_speaks_in_ids(tmp_path):
         tokenizer.encode_single_token("<|im_end|>")
         == tokenizer.encode("<|im_end|>", allowed_special="all")[0]
     )
-    assert tokenizer.decode_single_token_bytes(vocab["Ġthe"]) == b" the"
-    assert tokenizer.decode_tokens_bytes([vocab["Ġthe"]]) == [b" the"]
+    assert tokenizer.decode_bytes([vocab["Ġthe"]]) == b" the"
     assert tokenizer.encode_ordinary_batch(TEXTS) == [tokenizer.encode_ordinary(text) for text in TEXTS]
     assert tokenizer.encode_batch(TEXTS[:9]) == [tokenizer.encode(text) for text in TEXTS[:9]]
-    assert tokenizer.encode_to_numpy(TEXTS[0]).tolist() == tokenizer.encode(TEXTS[0])
     assert tokenizer.eot_token == vocab["<|endoftext|>"]
     assert tokenizer.is_special_token(vocab["<|im_end|>"]) and not tokenizer.is_special_token(vocab["Ġthe"])
-    assert tokenizer.n_vocab == len(vocab)
 
 
 def test_special_tokens_are_plain_text_unless_allowed(tmp_path):
@@ -123,20 +125,9 @@ def test_vocab_and_merges_files(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_trained_ranks(tmp_path):
-    save_ranks(train_bpe(["low lower lowest " * 5], 270), tmp_path / "vocab.tiktoken")
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.decode(tokenizer.encode("lower \x00é")) == "lower \x00é"
-    (tmp_path / "vocab.tiktoken").write_text("YQ== 0\nnonsense\n")
-    for broken in ("YQ== 0\nnonsense\n", "YQ== 0\nYg== 0\n", "YQ== -1\n", "Y 0\n", "YQ== x\n"):
-        (tmp_path / "vocab.tiktoken").write_text(broken)
-        with pytest.raises(InputError, match=str(tmp_path)):
-            load_tokenizer(tmp_path)
-
-
 def test_copies(tmp_path):
     (tmp_path / "copy").mkdir()
-    copy_tokenizer(write(tmp_path, describe("digits")), tmp_path / "copy")
+    write_tokenizer(tmp_path / "copy", write(tmp_path, describe("digits")))
     assert load_tokenizer(tmp_path / "copy").encode(TEXTS[0]) == FIXTURE["variants"]["digits"]["ids"][0]
 
 
@@ -158,7 +149,7 @@ WRONG = [  # (what changes at the top, what in the model, what the message names
     ({}, {"merges": ["Ġ ▁"]}, "tokenizer"),
     ({}, {"merges": ["x y"]}, "merge 'x y'"),
     ({}, {"merges": None}, "tokenizer"),
-    ({}, {"ignore_merges": True}, "ignore_merges"),
+    ({}, {"ignore_merges": True, "vocab": FIXTURE["vocab"] | {"xyzzyq": 9999}}, "ignore_merges"),
     ({"model": []}, None, "tokenizer"),
     ({"normalizer": {"type": "Lowercase"}}, {}, "Lowercase"),
     ({"normalizer": "NFC"}, {}, "tokenizer"),
@@ -234,5 +225,5 @@ def test_smollm2(tmp_path):
     assert ids == [1, 4093, 198, 26843, 216, 33, 34, 216, 35, 506, 256, 36, 2]
     for text in TEXTS[:10]:
         assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
-    copy_tokenizer("smollm2", tmp_path)
+    write_tokenizer(tmp_path, "smollm2")
     assert load_tokenizer(tmp_path).encode_ordinary_batch(TEXTS) == tokenizer.encode_ordinary_batch(TEXTS)

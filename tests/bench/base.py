@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import data  # noqa: E402
+from data.corpus import load_corpus  # noqa: E402
 from model import GPT  # noqa: E402
 
 
@@ -21,13 +22,13 @@ def main(name="base"):
     splits = data.load_examples("stdlib", tokenizer, model.config.block_size)
     size = nats = 0
     for split in ("val", "test"):
-        documents = data.load_corpus("stdlib")[split]
+        documents = load_corpus("stdlib")[split]
         size += sum(len(document.encode()) for document in documents)
         with torch.no_grad():
             for inputs, targets in splits[split].spread(10**9, 16):
                 losses = model(inputs, targets, reduction="none")[1]
                 nats += (losses * (targets != -100).sum(1)).sum().item()
-    documents = (d for split in ("val", "test") for d in data.load_corpus("stdlib")[split])
+    documents = (d for split in ("val", "test") for d in load_corpus("stdlib")[split])
     packed = len(lzma.compress("".join(documents).encode(), preset=9))
     print(f"{size:,} bytes of held-out files: {name} {nats / math.log(2) / size:.3f} bits a byte, "
           f"xz -9 {8 * packed / size:.3f}")  # fmt: skip

@@ -1,0 +1,9 @@
+"""What every process of kills.py needs, loaded once; never threaded, so that it can be forked."""
+
+import torch
+
+import train  # noqa: F401
+from data.corpus import load_corpus
+
+torch.set_num_threads(1)
+load_corpus("prose")
