@@ -169,7 +169,7 @@ def run(args, adapt, stop):
     if saved and saved["result"]:
         return saved["result"]
     result = dict(vars(args))
-    print(f"{args.model}: {args.total:,} weights; {len(train):,} training examples, {train.too_long} too long")
+    print(f"{args.model}: {args.total:,} weights; {len(train):,} examples ({train.too_long} were too long)")
 
     def report(when, *names):
         for name in names:
@@ -181,9 +181,9 @@ def run(args, adapt, stop):
             match = data.exact_match(map(tokenizer.decode, said), map(tokenizer.decode, solutions))
             result[f"exact_match_{when}"] = match
             print(f"exact match {when}: {match}", flush=True)
-        torch.manual_seed(args.seed)
-        words = model.generate(held_out["val"][0][0][:1, :32], 48, temperature=0.7, top_k=40)[0].tolist()
-        print(f"sample {when}: {tokenizer.decode(words[:32])!r} -> {tokenizer.decode(words[32:])!r}")
+        beginning = splits["val"].samples[0][0][None, :32].to(args.device)
+        words = model.generate(beginning, 48)[0].tolist()
+        print(f"sample {when}: {tokenizer.decode(words)!r}", flush=True)
 
     report("before", "val", "source")
     params = {"none": [], "full": list(model.parameters()), "sparse": None}[args.method]

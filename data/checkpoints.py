@@ -63,8 +63,9 @@ FIELDS = {  # GPTConfig's field -> its kind and the stored one
     "out_bias": (bool, None, "enable_bias", "attention_bias"),
     "mlp_bias": (bool, None, "enable_bias", "mlp_bias"),
 }
-OPTIONAL = ("n_inner", "num_key_value_heads", "head_dim", "tie_word_embeddings",
-            "enable_bias", "attention_bias", "mlp_bias")  # else GPTConfig's or the family's default # fmt: skip
+# Stored fields that may be missing: then it is as in the family's entry of FAMILIES, or in GPTConfig.
+OPTIONAL = ("n_inner", "num_key_value_heads", "head_dim", "tie_word_embeddings", "enable_bias",
+            "attention_bias", "mlp_bias")  # fmt: skip
 ONLY = {  # stored fields with the one value that model.py implements
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
     "do_layer_norm_before": True, "_remove_final_layer_norm": False, "layer_norm_elementwise_affine": True,

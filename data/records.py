@@ -67,7 +67,7 @@ def encode_record(where, record, tokenizer):
             targets += tokens if learned else [-100] * len(tokens)
     except (KeyError, TypeError):
         raise InputError(f"{where}: expected {SHAPES}") from None
-    if set(targets) == {-100}:
+    if set(targets) <= {-100}:
         raise InputError(f"{where}: no message is the assistant's")
     return torch.tensor(ids[:-1]), torch.tensor(targets[1:])
 

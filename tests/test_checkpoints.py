@@ -16,7 +16,7 @@ import torch
 
 from data import checkpoints
 from data.files import InputError
-from model import GPT, GPTConfig
+from model import GPT
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "logits.json").read_text())
 IDS = torch.tensor(FIXTURE["ids"])

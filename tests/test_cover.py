@@ -1,4 +1,4 @@
-"""The part of the weight's gradient that `speft.cover` plans is that of the dense one, and small where it pays."""
+"""The part of the weight's gradient that `speft.cover` plans is the dense one's, and small where it pays."""
 
 import pytest
 import torch

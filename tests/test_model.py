@@ -135,3 +135,23 @@ def test_sampling_follows_the_softmax_of_the_top_k():
     frequency = torch.bincount(drawn, minlength=23) / 4000
     assert (frequency[expected == 0] == 0).all()
     torch.testing.assert_close(frequency, expected, atol=0.03, rtol=0)  # four standard errors
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_prompts_of_any_length_are_continued_as_if_alone(seed):
+    torch.manual_seed(seed)
+    rotary = dict(rope_theta=1e4, rms_norm=True, n_kv_head=1) if seed % 2 else {}
+    model = GPT(GPTConfig(vocab_size=13, block_size=24, n_layer=2, n_head=2, n_embd=16, **rotary))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    prompts = [torch.randint(13, (length,)).tolist() for length in (1, 9, 4, 4, 2, 15, 7)]
+    stop = [3, 5]
+    found = model.complete(prompts, 12, stop, batch_size=3)
+    for prompt, completion in zip(prompts, found):
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + 12:  # the naive loop: everything read anew for every token
+            logits = model(torch.tensor([tokens[-24:]]))[0][0, -1]
+            if logits.argmax().item() in stop:
+                break
+            tokens.append(logits.argmax().item())
+        assert completion == tokens[len(prompt) :]

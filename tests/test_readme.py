@@ -17,7 +17,7 @@ def test_every_python_snippet_runs(tmp_path, monkeypatch):
     flags = "--steps 1 --batch-size 2 --seq-len 32 --score-examples 2 --eval-examples 2".split()
     train.main(flags)
     snippets = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     for snippet in snippets:
         names = {}
         exec(snippet, names)

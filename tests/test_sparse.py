@@ -359,7 +359,7 @@ class Dense(nn.Module):
 
 
 def gradients(layer, x, loss, x_grad=True):
-    """The output and the gradients of delta (None for an empty mask, which trains nothing), bias and input."""
+    """The output and the gradients of delta (None for an empty mask, which trains none), bias and input."""
     x = x.detach().clone().requires_grad_(x_grad)
     if layer.bias is not None:
         layer.bias.requires_grad_(True)

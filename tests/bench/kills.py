@@ -1,4 +1,4 @@
-"""Kill a training run (SIGKILL) at random moments, resume it every time, and compare with one never interrupted.
+"""Kill a training run (SIGKILL) at random moments, always resume it, and compare with one left in peace.
 
     python tests/bench/kills.py --kills 50
 

@@ -25,7 +25,6 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import baselines  # noqa: E402
-import covered  # noqa: E402
 import data  # noqa: E402
 import speft  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
@@ -98,13 +97,18 @@ def scatter(model, indices, density):
 
 
 def gather(model, indices, density):
-    """This project's layer: the dense gradient is formed, gathered and freed."""
-    return speft.sparsify(model, indices)
+    """This project's layer with the dense gradient: formed, gathered and freed."""
+    deltas = speft.sparsify(model, indices)
+    for name in indices:
+        layer = model.get_submodule(name)
+        rows, columns = (torch.arange(n, device=layer.index.device) for n in layer.weight.shape)
+        layer.covered = layer.index, layer.index._version, (layer.index, rows, columns)
+    return deltas
 
 
 def cover(model, indices, density):
-    """Its prototype that forms only what the mask needs."""
-    return covered.sparsify(model, indices)
+    """This project's layer: of the gradient it forms the rectangle that the mask lies in."""
+    return speft.sparsify(model, indices)
 
 
 VARIANTS = {f.__name__: f for f in (frozen, full, lora, peft_lora, scatter, gather, cover)}
@@ -147,7 +151,7 @@ def saved_bytes(model, batch):
     """Bytes that autograd keeps for the backward pass, the model's own tensors aside."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     for layer in model.modules():
-        if isinstance(layer, covered.CoveredLinear) and len(layer.delta):
+        if isinstance(layer, speft.SparseLinear) and len(layer.delta):
             own |= {t.untyped_storage().data_ptr() for t in layer.cover()}
     kept = {}
 

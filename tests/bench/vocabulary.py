@@ -1,4 +1,4 @@
-"""Train the vocabulary of the base model, a byte-level BPE, on the two corpora: writes data/base/tokenizer.json.
+"""Train the base model's vocabulary, a byte-level BPE, on the two corpora: writes data/base/tokenizer.json.
 
     python tests/bench/vocabulary.py
 """

@@ -1,0 +1,124 @@
+"""What does scoring cost? Every metric against one plain backward pass, in time and peak memory; selection.
+
+python tests/bench/score.py [--model smollm2] [--examples 16] [--metrics grad fisher]
+
+The metrics take turns with the backward pass in one process, and ratios are taken pair by pair; the peaks are
+those of fresh processes. Rows are appended to --out as JSON lines.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import data  # noqa: E402
+import speft  # noqa: E402
+from model import GPT  # noqa: E402
+
+
+def load(args):
+    """(model, batches): args.examples samples of prose, args.batch at a time."""
+    model = GPT.from_pretrained(args.model).to(args.device)
+    examples = data.load_examples("prose", data.load_tokenizer(args.model), args.tokens, args.device)
+    return model, examples["train"].spread(args.examples, args.batch)
+
+
+def backward(model, batches):
+    """The yardstick: the gradient of every scored weight, accumulated by autograd over all batches."""
+    for layer in speft.linear_layers(model).values():
+        layer.weight.requires_grad_(True)
+    for batch in batches:
+        model.sample_losses(batch).sum().backward()
+    model.zero_grad()
+    model.requires_grad_(False)
+
+
+def score(model, batches, metric):
+    """The scores by `metric`; "backward" stands for the yardstick, "load" for nothing at all."""
+    if metric == "backward":
+        return backward(model, batches)
+    return speft.salience(model, metric, batches, GPT.sample_losses) if metric != "load" else None
+
+
+def timed(call):
+    start = time.perf_counter()
+    result = call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def peak(args, metric):
+    """Peak memory, in bytes, of a fresh process that scores by `metric`."""
+    argv = [sys.executable, __file__, "--only", metric]
+    for name in ("model", "device", "examples", "batch", "tokens"):
+        argv += [f"--{name}", str(getattr(args, name))]
+    return int(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2", help="smollm2, base or a checkpoint")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--metrics", nargs="+", default=list(speft.METRICS), choices=speft.METRICS)
+    parser.add_argument("--examples", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--out", default=str(ROOT / "data/results/score.jsonl"))
+    args = parser.parse_args()
+    model, batches = load(args)
+    if args.only:
+        if args.device == "cpu" and sys.platform == "linux":  # forget what reading the corpora needed
+            Path("/proc/self/clear_refs").write_text("5")
+        score(model, batches, args.only)
+        print(held(args))
+        return
+    times = {name: [] for name in ("backward", *args.metrics)}
+    for _ in range(args.repetitions):
+        for name in times:
+            times[name].append(timed(lambda: score(model, batches, name))[0])
+    scores = score(model, batches, "grad")
+    selection = statistics.median(
+        timed(lambda: speft.select(scores, 0.01, "global"))[0] for _ in range(args.repetitions)
+    )
+    yardstick = statistics.median(times["backward"])
+    print(f"{args.model}: {args.examples} x {args.tokens} tokens; selecting 1% takes {selection:.2f} s")
+    bare = peak(args, "load")
+    with open(args.out, "a") as file:
+        for name, mine in times.items():
+            row = {
+                "bench": "score", "model": args.model, "metric": name, "examples": args.examples,
+                "tokens": args.tokens, "seconds": statistics.median(mine),
+                "ratio": statistics.median(a / b for a, b in zip(mine, times["backward"])),
+                "peak_memory_bytes": peak(args, name), "loaded_bytes": bare, "select_seconds": selection,
+            }  # fmt: skip
+            print(f"  {name:10} {row['seconds']:7.2f} s  {row['ratio']:5.2f} x the backward pass "
+                  f"({yardstick:.2f} s)  "
+                  f"{(row['peak_memory_bytes'] - bare) / 1e6:,.0f} MB above the model")  # fmt: skip
+            versions = data.environment(args.device)["versions"]
+            file.write(json.dumps(row | {"versions": versions, "threads": torch.get_num_threads()}) + "\n")
+
+
+def held(args):
+    """The most memory held since the last reset: of the device's allocator, or the process."""
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    main()
