@@ -52,7 +52,7 @@ def processes():
     """Processes forked from one that has imported torch and read the corpora: they start in no time."""
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kills_preload"])
+    context.set_forkserver_preload(["preload"])
     return context
 
 

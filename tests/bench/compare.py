@@ -1,0 +1,277 @@
+"""The paper's comparison: sparse fine-tuning by every metric and mask against LoRA, PiSSA and full fine-tuning.
+
+    python tests/bench/compare.py prose              # run what is missing, then print the table
+    python tests/bench/compare.py prose --jobs 0     # only the table
+    python tests/bench/compare.py prose --rerun 3    # run the results file's third row again, and show both
+
+Every cell is a fresh process of one thread, from the same base and in the same data order, whose result is
+a line of data/results/STUDY.jsonl. Cells that are there already are skipped, so an interrupted study goes on.
+A row of the table is one setting: its learning rate is the one of the lowest validation loss on seed 0, on a
+grid that grows until the best rate is inside it; the other seeds then run at that rate.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import torch  # noqa: E402
+
+import baselines  # noqa: E402
+import train  # noqa: E402
+
+RATES = [f"{digit}e{power}" for power in range(-6, 1) for digit in (1, 3)]
+START = {"sparse": "1e-2", "lora": "1e-2", "pissa": "3e-3", "full": "3e-4"}
+LOW_RANK = {"lora": False, "pissa": True}  # method: whether it starts from the principal components
+METRICS = ("grad", "snip", "force", "fisher", "grasp", "synflow", "magnitude", "random")  # taylor is snip
+SETTING = ("method", "metric", "scope", "mask", "density", "flags")  # what makes a row of the table
+
+
+def setting(method, density=0.01, metric=None, scope=None, mask=None, flags=""):
+    """A row of the table; flags: more of train.py's, which come after the study's."""
+    return dict(zip(SETTING, (method, metric, scope, mask, density, flags)))
+
+
+def sparse(metric, scope="global", mask="static", density=0.01, flags=""):
+    return setting("sparse", density, metric, scope, mask, flags)
+
+
+def unique(settings):
+    return list({json.dumps(one): one for one in settings}.values())
+
+
+LORA_RANK_1 = 0.005859375  # the density that rank 1 in all layers of the base comes to
+GSM = 0.005
+STUDIES = {  # name: (train.py's flags, seeds, settings, the most urgent first)
+    "prose": (
+        "--model base --data prose --steps 60 --batch-size 8 --seq-len 128 --score-examples 64 --refresh 20 "
+        "--eval-every 1000 --eval-examples 64",
+        (0, 1, 2),
+        unique(
+            [sparse("grad"), setting("lora"), setting("full", None), sparse("random"), setting("pissa")]
+            + [sparse("grad", density=d) for d in (0.001, 0.003, LORA_RANK_1, 0.03)]
+            + [setting("lora", d) for d in (LORA_RANK_1, 0.03)]
+            + [sparse(metric) for metric in METRICS]
+            + [sparse("random", density=d) for d in (0.001, 0.003, 0.03)]
+            + [sparse(metric, "local") for metric in METRICS]
+            + [sparse("grad", flags=f"--steps {n}") for n in (15, 240)]
+            + [setting("lora", flags=f"--steps {n}") for n in (15, 240)]
+            + [setting("full", None, flags=f"--steps {n}") for n in (15, 240)]
+            + [sparse(metric, "global", "dynamic") for metric in METRICS]
+            + [sparse(metric, "local", "dynamic") for metric in METRICS]
+            + [sparse("grad", flags=f"--score-examples {n}") for n in (8, 512)]
+            + [sparse("grad", flags=f"--layers {kind}") for kind in ("attn", "mlp")]
+        ),
+    ),
+    "smollm2": (
+        "--model smollm2 --data gsm --steps 60 --batch-size 4 --seq-len 256 --score-examples 32 --refresh 20 "
+        "--eval-every 1000 --eval-examples 32",
+        (0,),
+        [sparse("grad", density=GSM), setting("lora", GSM), setting("full", None)]
+        + [sparse(metric, density=GSM) for metric in ("snip", "random", "magnitude", "force", "fisher")]
+        + [sparse("grad", "local", density=GSM), sparse("grad", "global", "dynamic", density=GSM)]
+        + [setting("pissa", GSM)],
+    ),
+}
+
+# --- one cell ---
+
+
+def command(study, cell, out):
+    """train.py's arguments for a cell: a setting with a seed and a learning rate."""
+    flags = f"{STUDIES[study][0]} {cell['flags']} --seed {cell['seed']} --lr {cell['lr']} --out {out}"
+    if cell["method"] == "full":
+        return f"{flags} --method full".split()
+    for name in ("density", "metric", "scope", "mask"):
+        if cell[name] is not None:
+            flags += f" --{name} {cell[name]}"
+    return flags.split()
+
+
+def run_here(study, cell):
+    """Run a cell in this process; returns its line of the results file."""
+    adapt = None
+    if cell["method"] in LOW_RANK:
+        principal = LOW_RANK[cell["method"]]
+        adapt = functools.partial(baselines.adapt, density=cell["density"], principal=principal)
+    with tempfile.TemporaryDirectory() as out:
+        result = train.main(command(study, cell, out), adapt)
+        log = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    result |= {name: cell[name] for name in SETTING}
+    result["step_seconds"] = statistics.median(row["seconds"] for row in log)
+    result["threads"] = torch.get_num_threads()
+    result["study"] = study
+    del result["out"]
+    return result
+
+
+def child(study, cell, out):
+    """A process of its own: leaves the line in the folder `out`, and there all that it prints."""
+    with open(Path(out) / "printed", "w", buffering=1) as printed:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            row = run_here(study, cell)
+    (Path(out) / "row.json").write_text(json.dumps(row))
+
+
+def run_cell(study, cell):
+    """Run a cell in a fresh process of one thread; a run whose loss diverges has no losses but a reason."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["preload"])  # the corpora are read only once
+    with tempfile.TemporaryDirectory() as out:
+        process = processes.Process(target=child, args=(study, cell, out))
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            return json.loads((Path(out) / "row.json").read_text())
+        printed = (Path(out) / "printed").read_text()
+    if "not finite" not in printed:
+        raise RuntimeError(f"{cell}: exit code {process.exitcode}\n{printed}")
+    return cell | {"lr": float(cell["lr"]), "failed": printed.splitlines()[-1], "study": study}
+
+
+# --- a study ---
+
+
+class Results:
+    """The rows of data/results/STUDY.jsonl, which `get` runs where they are missing."""
+
+    def __init__(self, study):
+        self.study = study
+        self.path = ROOT / "data" / "results" / f"{study}.jsonl"
+        self.lock = threading.Lock()
+        self.rows = []
+        if self.path.exists():
+            self.rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+
+    def find(self, wanted):
+        """The rows with these values."""
+        return [row for row in self.rows if all(row[name] == value for name, value in wanted.items())]
+
+    def get(self, cell):
+        found = self.find(cell | {"lr": float(cell["lr"])})
+        if found:
+            return found[0]
+        row = run_cell(self.study, cell)
+        with self.lock:
+            self.rows.append(row)
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        name = " ".join(str(value) for value in cell.values() if value not in (None, ""))
+        print(f"{len(self.rows)}: {name}: validation {row.get('val_after', 'failed')}", flush=True)
+        return row
+
+
+def tune(results, chosen):
+    """Find the learning rate with the lowest validation loss on seed 0; returns it."""
+    losses = {}
+
+    def loss(rate):
+        if rate not in losses:
+            row = results.get(chosen | {"seed": 0, "lr": RATES[rate]})
+            losses[rate] = row.get("val_after", float("inf"))
+        return losses[rate]
+
+    best = RATES.index(START[chosen["method"]])
+    while True:
+        around = [best, *(rate for rate in (best - 1, best + 1) if 0 <= rate < len(RATES))]
+        better = min(around, key=loss)
+        if better == best:
+            return RATES[best]
+        best = better
+
+
+def complete(results, seeds, chosen):
+    """Run all cells of a setting."""
+    rate = tune(results, chosen)
+    for seed in seeds[1:]:
+        results.get(chosen | {"seed": seed, "lr": rate})
+
+
+def summaries(results):
+    """A dict a setting that is complete: the setting, its rate, and (mean, standard error) of what was measured."""
+    _, seeds, settings = STUDIES[results.study]
+    table = []
+    for chosen in settings:
+        tried = [row for row in results.find(chosen | {"seed": 0}) if "val_after" in row]
+        if not tried:
+            continue
+        best = min(tried, key=lambda row: row["val_after"])
+        rates = {row["lr"] for row in results.find(chosen | {"seed": 0})}
+        rows = results.find(chosen | {"lr": best["lr"]})
+        if len(rows) < len(seeds) or not min(rates) < best["lr"] < max(rates):
+            continue
+        summary = chosen | {"trained": best["trained"], "lr": best["lr"], "seeds": len(rows)}
+        for row in rows:
+            row["forgetting"] = row["source_after"] - row["source_before"]
+            row["strict"] = row["exact_match_after"]["strict"] if "exact_match_after" in row else None
+        for name in ("val_after", "test_after", "forgetting", "strict", "step_seconds", "score_seconds",
+                     "peak_memory_bytes"):  # fmt: skip
+            if best[name] is not None:
+                summary[name] = mean_and_error([row[name] for row in rows])
+        table.append(summary)
+    return table
+
+
+def mean_and_error(values):
+    """(mean, standard error of the mean or 0.0 for a single value)"""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return statistics.fmean(values), error
+
+
+def name_of(summary):
+    """How the table calls a setting."""
+    parts = [summary["method"]]
+    if summary["method"] == "sparse":
+        metric = "snip = taylor" if summary["metric"] == "snip" else summary["metric"]
+        parts = [metric, summary["scope"], summary["mask"]]
+    return " ".join([*parts, summary["flags"]]).strip()
+
+
+def table_lines(table):
+    """The table in Markdown."""
+    lines = [
+        "| method | trained | learning rate | test loss | forgetting | s a step | scoring, s | peak, MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in table:
+        loss, forgetting = ("{:.3f} ± {:.3f}".format(*row[name]) for name in ("test_after", "forgetting"))
+        cost = f"{row['step_seconds'][0]:.2f} | {row['score_seconds'][0]:.1f}"
+        memory = f"{row['peak_memory_bytes'][0] / 1e6:,.0f}"
+        lines.append(f"| {name_of(row)} | {row['trained']:,} | {row['lr']:g} | {loss} | {forgetting} | {cost} | {memory} |")
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time; 0: only the table")
+    parser.add_argument("--rerun", type=int, help="number of a row of the results file to run again")
+    args = parser.parse_args()
+    results = Results(args.study)
+    if args.rerun:
+        row = results.rows[args.rerun - 1]
+        again = run_cell(args.study, {name: row[name] for name in (*SETTING, "seed", "lr")})
+        for name in sorted(row):
+            print(f"{name}: {row[name]} now {again.get(name)}")
+        return
+    _, seeds, settings = STUDIES[args.study]
+    if args.jobs:
+        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(functools.partial(complete, results, seeds), settings))
+    print("\n".join(table_lines(summaries(results))))
+
+
+if __name__ == "__main__":
+    main()
