@@ -1,0 +1,183 @@
+"""The README's tables and figures, made from the files in data/results/.
+
+    python tests/bench/report.py              # write the tables into README.md
+    python tests/bench/report.py --figures    # also draw data/results/*.png (needs matplotlib)
+
+A table stands in the README between <!-- name --> and <!-- end of name -->.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "data" / "results"
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import compare  # noqa: E402
+import torch  # noqa: E402
+
+# --- tables ---
+
+
+def prose_table():
+    return compare.table_lines(compare.summaries(compare.Results("prose")))
+
+
+def step_table():
+    """The step benchmark's rows, a density and mask after the other."""
+    lines = [
+        "| density, mask | variant | trained | step / LoRA's | / full | / frozen | saved activations, MB |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for line in (RESULTS / "step.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        ratios = " | ".join(f"{row['ratios'][name]:.2f}" for name in ("lora", "full", "frozen"))
+        lines.append(
+            f"| {row['density']:g}, {row['mask']} | {row['variant']} | {row['trained']:,} | {ratios} | "
+            f"{row['saved_bytes'] / 1e6:,.0f} |"
+        )
+    return lines
+
+
+TABLES = {"prose": prose_table, "step": step_table}
+
+
+def with_tables(readme):
+    """The README's text with every table made anew."""
+    for name, make in TABLES.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        if begin not in readme:
+            raise SystemExit(f"README.md has no place {begin}")
+        between = re.compile(f"(?<={re.escape(begin)}\n).*?(?={re.escape(end)})", re.S)
+        readme = between.sub(lambda _: "\n" + "\n".join(make()) + "\n\n", readme)
+    return readme
+
+
+# --- figures ---
+
+
+def plain(table, **wanted):
+    """The rows of the table that have these values and no flags of their own."""
+    return [row for row in table if row["flags"] == "" and all(row[key] == wanted[key] for key in wanted)]
+
+
+def quality_against_density(axes, results, table):
+    """Test loss over the number of trained weights."""
+    groups = {
+        "grad": plain(table, metric="grad", scope="global", mask="static"),
+        "random": plain(table, metric="random", scope="global", mask="static"),
+        "LoRA": plain(table, method="lora"),
+        "PiSSA": plain(table, method="pissa"),
+        "full": plain(table, method="full"),
+    }
+    for label, rows in groups.items():
+        rows.sort(key=lambda row: row["trained"])
+        losses, errors = zip(*(row["test_after"] for row in rows))
+        axes.errorbar([row["trained"] for row in rows], losses, errors, marker="o", label=label)
+    axes.set(xscale="log", xlabel="trained weights", ylabel="test loss, nats a token")
+    axes.legend()
+
+
+def quality_against_rate(axes, results, table):
+    """Validation loss on seed 0 over the learning rates that were tried."""
+    for label, wanted in {
+        "grad": {"metric": "grad", "scope": "global", "mask": "static"},
+        "random": {"metric": "random", "scope": "global", "mask": "static"},
+        "LoRA": {"method": "lora"},
+        "PiSSA": {"method": "pissa"},
+    }.items():
+        rows = results.find({"density": 0.01, "flags": "", "seed": 0} | wanted)
+        plot_rates(axes, rows, label)
+    plot_rates(axes, results.find({"method": "full", "flags": "", "seed": 0}), "full")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss, nats a token")
+    axes.legend()
+
+
+def plot_rates(axes, rows, label):
+    rows = sorted((row for row in rows if "val_after" in row), key=lambda row: row["lr"])
+    axes.plot([row["lr"] for row in rows], [row["val_after"] for row in rows], marker="o", label=label)
+
+
+def metrics(axes, results, table):
+    """Test loss by metric, scope and mask."""
+    kinds = [(scope, mask) for scope in ("global", "local") for mask in ("static", "dynamic")]
+    for shift, (scope, mask) in enumerate(kinds):
+        rows = plain(table, method="sparse", density=0.01, scope=scope, mask=mask)
+        places = [compare.METRICS.index(row["metric"]) + (shift - 1.5) / 5 for row in rows]
+        if rows:
+            losses, errors = zip(*(row["test_after"] for row in rows))
+            axes.errorbar(places, losses, errors, fmt="o", label=f"{scope}, {mask}")
+    axes.set(ylabel="test loss, nats a token")
+    axes.set_xticks(range(len(compare.METRICS)), compare.METRICS, rotation=30)
+    axes.legend()
+
+
+def masks():
+    """Where each metric puts its 1% in the base: layers x kinds, and one layer's mask as a picture."""
+    import data
+    import speft
+    from model import GPT
+
+    model = GPT.from_pretrained("base")
+    train = data.load_examples("prose", data.load_tokenizer("base"), 128)["train"]
+    batches = train.draw(0, 64, 1, 8)
+    chosen = {}
+    for metric in compare.METRICS:
+        torch.manual_seed(0)
+        scores = speft.salience(model, metric, batches, GPT.sample_losses)
+        indices = speft.select(scores, 0.01, "global")
+        chosen[metric] = {
+            name: torch.zeros(scores[name].shape).view(-1).index_fill(0, index, 1).view_as(scores[name])
+            for name, index in indices.items()
+        }
+    return chosen
+
+
+def draw_masks(plt):
+    chosen = masks()
+    figure, axes = plt.subplots(2, len(chosen), figsize=(2.2 * len(chosen), 6), layout="constrained")
+    for (metric, mask), (above, below) in zip(chosen.items(), axes.T):
+        kinds = list(dict.fromkeys(name.split(".", 2)[2] for name in mask))
+        share = torch.tensor([100 * float(part.mean()) for part in mask.values()]).view(-1, len(kinds))
+        picture = above.imshow(share, vmin=0)
+        above.set_title(metric)
+        above.set_xticks(range(len(kinds)), kinds, rotation=90)
+        figure.colorbar(picture, ax=above, orientation="horizontal", label="% trained")
+        below.imshow(mask["blocks.3.attn.v"], cmap="gray_r", interpolation="antialiased")
+    axes[0, 0].set_ylabel("block")
+    axes[1, 0].set_ylabel("blocks.3.attn.v: outputs x inputs")
+    figure.savefig(RESULTS / "masks.png", dpi=80)
+
+
+def draw():
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("the figures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    results = compare.Results("prose")
+    table = compare.summaries(results)
+    for paint in (quality_against_density, quality_against_rate, metrics):
+        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        paint(axes, results, table)
+        figure.savefig(RESULTS / f"{paint.__name__}.png", dpi=80)
+    draw_masks(plt)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--figures", action="store_true", help="draw the figures as well")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    readme.write_text(with_tables(readme.read_text()))
+    if args.figures:
+        draw()
+
+
+if __name__ == "__main__":
+    main()
