@@ -158,8 +158,8 @@ def run(args, adapt, stop):
     args.base, args.total = model.fingerprint(), sum(parameter.numel() for parameter in model.parameters())
     if args.adapter:
         speft.load_adapter(model, data.read_adapter(args.adapter, args.base))
-    splits = data.load_examples(args.data, tokenizer, args.seq_len, args.device, args.val)
-    splits["source"] = data.load_examples("stdlib", tokenizer, args.seq_len, args.device)["test"]
+    splits = data.load_examples(args.data, tokenizer, args.seq_len, args.device, val=args.val)
+    splits["source"] = data.load_examples("stdlib", tokenizer, args.seq_len, args.device, ["test"])["test"]
     train = splits.pop("train")
     held_out = {name: split.spread(args.eval_examples, args.batch_size) for name, split in splits.items()}
     args.corpus = train.fingerprint()

@@ -10,6 +10,7 @@ from data.corpus import load_corpus
 from data.files import InputError
 from data.records import encode_record, end_token, make_gsm, read_records
 
+
 class Examples:
     """A list of samples: pairs (inputs, targets) of equally long id tensors; target -100 does not count.
 
@@ -67,8 +68,8 @@ class Examples:
         return self.batches(which[start % len(self) :][:count], size)
 
 
-def load_examples(name, tokenizer, seq_len, device="cpu", val=""):
-    """{"train", "val", "test": Examples} of the data set `name`, in samples of at most seq_len tokens.
+def load_examples(name, tokenizer, seq_len, device="cpu", only=("train", "val", "test"), val=""):
+    """{split: Examples} of the data set `name`, for these splits only, in samples of at most seq_len tokens.
 
     name: prose, stdlib, gsm, or a .jsonl or .txt file, of which a tenth each is held out as "val" and "test".
     val: a file to validate on instead. Raises InputError for what cannot be used.
@@ -82,7 +83,8 @@ def load_examples(name, tokenizer, seq_len, device="cpu", val=""):
     if val:
         splits = splits | {"train": splits["train"] + splits["val"], "val": read_records(Path(val))}
     examples = {}
-    for split, documents in splits.items():
+    for split in only:
+        documents = splits[split]
         prepare = _pack if documents and isinstance(documents[0], str) else _pad
         examples[split] = prepare(documents, tokenizer, seq_len, device)
         if len(examples[split]) == 0:
@@ -96,8 +98,7 @@ def _pack(documents, tokenizer, seq_len, device):
     ids = [end]
     for tokens in tokenizer.encode_ordinary_batch(documents, num_threads=2):
         ids += [*tokens, end]
-    ids = torch.tensor(ids)
-    inputs, targets = ids[:-1].split(seq_len), ids[1:].split(seq_len)
+    inputs, targets = (torch.tensor(part).split(seq_len) for part in (ids[:-1], ids[1:]))
     return Examples(list(zip(inputs, targets)), device)
 
 

@@ -1,6 +1,7 @@
 """What the README shows works, and what it states is so."""
 
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -8,7 +9,13 @@ import torch
 import speft
 import train
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+
+import report  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BENCHMARKS = {"jobs", "rerun", "figures", "kills"}  # flags of the scripts in tests/bench/
 
 
 def test_every_python_snippet_runs(tmp_path, monkeypatch):
@@ -38,5 +45,11 @@ def test_the_table_of_metrics_is_complete():
 
 
 def test_the_flags_it_mentions_exist():
-    for flag in set(re.findall(r"(?<!\w)--([a-z][a-z-]+)", README)) - {"help", "no-deps"}:
+    for flag in set(re.findall(r"(?<!\w)--([a-z][a-z-]+)", README)) - {"help", "no-deps"} - BENCHMARKS:
         assert flag in train.FLAGS, flag
+
+
+def test_its_tables_are_those_of_the_results():
+    assert report.with_tables(README) == README
+    for file in re.findall(r"\]\(([^):]+)\)", README):
+        assert (ROOT / file).exists(), file

@@ -83,10 +83,10 @@ def test_full_fine_tuning_and_baselines_resume_too(tmp_path, monkeypatch):
     for adapt, method in ((None, "full"), (biases, "sparse")):
         results = []
         for cut in (False, True):
-            argv = [*SMALL.split(), "--method", method, "--out", str(tmp_path / f"{method} {cut}")]
+            argv = [*SMALL.split(), "--steps", "4", "--method", method, "--out", str(tmp_path / f"{method} {cut}")]
             if cut:
                 with monkeypatch.context() as patched:
-                    stop_after(patched, 4)
+                    stop_after(patched, 2)
                     with pytest.raises(SystemExit):
                         train.main(argv, adapt)
                 argv.append("--resume")
@@ -94,11 +94,11 @@ def test_full_fine_tuning_and_baselines_resume_too(tmp_path, monkeypatch):
         assert results[0]["val_after"] == results[1]["val_after"] != results[0]["val_before"]
 
 
-@pytest.mark.parametrize(("kind", "count"), (("static", 1), ("dynamic", 2)))
-def test_killed_runs_lose_little_and_end_the_same(tmp_path, kind, count):
-    killed, finished, redone = kills.survive(kind, count, tmp_path)
-    print(f"{kind}: {killed} kills survived, {finished} runs equal bit for bit, {redone} steps redone")
-    assert killed >= count and finished >= 1
+def test_killed_runs_lose_little_and_end_the_same(tmp_path):
+    # The other kinds, and fifty kills: tests/bench/kills.py.
+    killed, finished, redone = kills.survive("dynamic", 2, tmp_path)
+    print(f"{killed} kills survived, {finished} runs equal bit for bit, {redone} steps redone")
+    assert killed >= 2 and finished >= 1
 
 
 def test_without_a_checkpoint_a_run_starts_anew_and_a_finished_one_stays(tmp_path, capsys):

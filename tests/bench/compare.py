@@ -63,14 +63,15 @@ STUDIES = {  # name: (train.py's flags, seeds, settings, the most urgent first)
             + [sparse("grad", density=d) for d in (0.001, 0.003, LORA_RANK_1, 0.03)]
             + [setting("lora", d) for d in (LORA_RANK_1, 0.03)]
             + [sparse(metric) for metric in METRICS]
-            + [sparse("random", density=d) for d in (0.001, 0.003, 0.03)]
             + [sparse(metric, "local") for metric in METRICS]
+            + [sparse("random", density=d) for d in (0.001, 0.003, 0.03)]
+            + [sparse(metric, "global", "dynamic") for metric in METRICS]
             + [sparse("grad", flags=f"--steps {n}") for n in (15, 240)]
+            + [sparse("random", flags=f"--steps {n}") for n in (15, 240)]
             + [setting("lora", flags=f"--steps {n}") for n in (15, 240)]
             + [setting("full", None, flags=f"--steps {n}") for n in (15, 240)]
-            + [sparse(metric, "global", "dynamic") for metric in METRICS]
-            + [sparse(metric, "local", "dynamic") for metric in METRICS]
             + [sparse("grad", flags=f"--score-examples {n}") for n in (8, 512)]
+            + [sparse(metric, "local", "dynamic") for metric in METRICS]
             + [sparse("grad", flags=f"--layers {kind}") for kind in ("attn", "mlp")]
         ),
     ),

@@ -1,0 +1,74 @@
+"""tests/bench/compare.py: which cells a study runs, and what it makes of them."""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+
+import compare  # noqa: E402
+
+
+class Study:
+    """Cells whose validation loss is `loss(rate, seed)`, and a count of those that were run."""
+
+    def __init__(self, monkeypatch, folder, loss):
+        self.ran, self.loss = [], loss
+        (folder / "data" / "results").mkdir(parents=True, exist_ok=True)
+        monkeypatch.setattr(compare, "ROOT", folder)
+        monkeypatch.setattr(compare, "run_cell", self.run)
+
+    def run(self, study, cell):
+        self.ran.append(cell)
+        rate = float(cell["lr"])
+        loss = self.loss(rate, cell["seed"])
+        if loss is None:
+            return cell | {"lr": rate, "failed": "not finite"}
+        measured = dict.fromkeys(("source_before", "step_seconds", "score_seconds"), 1.0)
+        losses = {"val_after": loss, "test_after": loss + 1, "source_after": loss + 3}
+        return cell | losses | measured | {"lr": rate, "trained": 7, "peak_memory_bytes": 1e9}
+
+
+@pytest.mark.parametrize("best", ("3e-5", "1e-3", "1e-2", "1e-1"))
+def test_the_best_rate_is_found_and_lies_inside_the_grid(tmp_path, monkeypatch, capsys, best):
+    far = compare.RATES.index(best)
+    study = Study(monkeypatch, tmp_path, lambda rate, _: abs([*map(float, compare.RATES)].index(rate) - far))
+    results = compare.Results("prose")
+    assert compare.tune(results, compare.sparse("grad")) == best
+    tried = {row["lr"] for row in results.rows}
+    assert min(tried) < float(best) < max(tried)
+    assert len(study.ran) == len(tried)  # none of them twice
+
+
+def test_an_interrupted_study_goes_on_and_its_table_holds_only_what_is_complete(tmp_path, monkeypatch, capsys):
+    def loss(rate, seed):
+        return None if rate > 0.02 else abs(rate - 0.01) + seed / 10
+
+    chosen = compare.sparse("random")
+    study = Study(monkeypatch, tmp_path, loss)
+    compare.tune(compare.Results("prose"), chosen)
+    assert compare.summaries(compare.Results("prose")) == []
+    compare.complete(compare.Results("prose"), (0, 1, 2), chosen)
+    assert [(cell["lr"], cell["seed"]) for cell in study.ran] == [
+        ("1e-2", 0), ("3e-3", 0), ("3e-2", 0), ("1e-2", 1), ("1e-2", 2)
+    ]  # fmt: skip
+    (summary,) = compare.summaries(compare.Results("prose"))
+    error = statistics.stdev((1.0, 1.1, 1.2)) / 3**0.5
+    assert summary["lr"] == 0.01 and summary["test_after"] == pytest.approx((1.1, error))
+    assert summary["forgetting"] == pytest.approx((2.1, error))
+    lines = (tmp_path / "data/results/prose.jsonl").read_text().splitlines()
+    assert len(lines) == 5 and "failed" in json.loads(lines[2])
+
+
+@pytest.mark.parametrize("name", compare.STUDIES)
+def test_every_cell_is_a_command_that_train_accepts(name):
+    import train
+
+    for chosen in compare.STUDIES[name][2]:
+        args = train.parse_args(compare.command(name, chosen | {"seed": 1, "lr": "3e-3"}, "x"))
+        assert args.seed == 1 and args.lr == 3e-3
+        assert args.method == ("full" if chosen["method"] == "full" else "sparse")
+        assert args.metric == (chosen["metric"] or "grad")
