@@ -25,8 +25,8 @@ import torch  # noqa: E402
 
 import train  # noqa: E402
 
-EVERY = 4  # steps between checkpoints
-RUN = f"--steps 24 --batch-size 2 --seq-len 32 --lr 2e-3 --score-examples 4 --checkpoint-every {EVERY}"
+STEPS, EVERY = 24, 4  # EVERY: steps between checkpoints
+RUN = f"--steps {STEPS} --batch-size 2 --seq-len 32 --lr 2e-3 --score-examples 4 --checkpoint-every {EVERY}"
 RUN += " --eval-examples 2 --eval-every 100 --resume --out"
 KINDS = {"static": "", "dynamic": "--mask dynamic --refresh 6 --metric snip", "random": "--metric random"}
 
@@ -69,6 +69,13 @@ def steps_done(printed):
     return max(map(int, re.findall(r"^step (\d+)/", printed, re.M)), default=0)
 
 
+def wait(process, log, step, seconds):
+    """Until the run has printed this step and then that time has passed, or until the run has ended."""
+    while process.is_alive() and steps_done(log.read_text()) < step:
+        time.sleep(0.002)
+    process.join(seconds)
+
+
 def survive(kind, kills, folder, seed=0):
     """Kill runs of this kind that many times in all; returns (kills, runs finished, steps redone)."""
     chance = random.Random(f"{kind} {seed}")
@@ -81,7 +88,11 @@ def survive(kind, kills, folder, seed=0):
         out, reached = Path(folder) / f"run{finished}", 0
         while True:
             process, log = start(kind, out)
-            process.join(chance.uniform(0.2, 0.9) * duration if killed < kills else None)
+            if killed < kills:
+                step = chance.randrange(STEPS + STEPS // 4)  # some runs may end
+                wait(process, log, step, chance.uniform(0, 0.1 if step else duration))
+            else:
+                process.join()
             was_alive = process.is_alive()
             process.kill()
             process.join()
