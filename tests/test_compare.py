@@ -43,7 +43,9 @@ def test_the_best_rate_is_found_and_lies_inside_the_grid(tmp_path, monkeypatch, 
     assert len(study.ran) == len(tried)  # none of them twice
 
 
-def test_an_interrupted_study_goes_on_and_its_table_holds_only_what_is_complete(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_study_goes_on_and_its_table_holds_only_what_is_complete(
+    tmp_path, monkeypatch, capsys
+):
     def loss(rate, seed):
         return None if rate > 0.02 else abs(rate - 0.01) + seed / 10
 

@@ -250,7 +250,9 @@ def table_lines(table):
         loss, forgetting = ("{:.3f} ± {:.3f}".format(*row[name]) for name in ("test_after", "forgetting"))
         cost = f"{row['step_seconds'][0]:.2f} | {row['score_seconds'][0]:.1f}"
         memory = f"{row['peak_memory_bytes'][0] / 1e6:,.0f}"
-        lines.append(f"| {name_of(row)} | {row['trained']:,} | {row['lr']:g} | {loss} | {forgetting} | {cost} | {memory} |")
+        lines.append(
+            f"| {name_of(row)} | {row['trained']:,} | {row['lr']:g} | {loss} | {forgetting} | {cost} | {memory} |"
+        )
     return lines
 
 
