@@ -16,10 +16,6 @@ import math
 
 import torch
 import torch.nn as nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 # ----------------------------------------------------------------------------------------------------------
 # 1. Salience: a score for every weight
@@ -101,8 +97,7 @@ def _in_range(scores, power=1):
 
 def _zeros(weights):
     """An accumulator for every weight: float32, or float64 where the weight is."""
-    wide = {w: torch.promote_types(w.dtype, torch.float32) for w in weights.values()}
-    return {w: torch.zeros_like(w.detach(), dtype=dtype) for w, dtype in wide.items()}
+    return {w: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float)) for w in weights.values()}
 
 
 def _loss_sum(model, batch, loss_fn):
@@ -187,7 +182,8 @@ def grasp(model, weights, batches, loss_fn):
     """
     g = mean_gradient(model, weights, batches, loss_fn)
     product = _zeros(weights)
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+    # Fused attention has no second derivative.
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         for batch in batches:
             loss = _loss_sum(model, batch, loss_fn) / _count(batches)
             first = torch.autograd.grad(loss, list(g), create_graph=True, materialize_grads=True)
@@ -231,7 +227,7 @@ def synflow(model, weights, batches, loss_fn):
     return {name: g * positive[w].detach() for (name, w), g in zip(weights.items(), gradients)}
 
 
-class _Linearised(TorchFunctionMode):
+class _Linearised(torch.overrides.TorchFunctionMode):
     """The network as SynFlow sees it, in float64: absolute weights, no biases, no non-linearity.
 
     Activations, and attention over one position, pass their input on; an embedding looks up ones; a norm is
@@ -256,16 +252,14 @@ class _Linearised(TorchFunctionMode):
         name, kwargs = func.__name__, kwargs or {}
         given = (*args, *kwargs.values())  # functions are called with and without keywords
         if name == "linear":
-            return F.linear(given[0], self.absolute(given[1]))
+            return nn.functional.linear(given[0], self.absolute(given[1]))
         if name == "embedding":
             return torch.ones_like(func(*args, **kwargs), dtype=torch.float64, requires_grad=True)
         if name in self.PASSED_ON:
             return kwargs.get("value", given[self.PASSED_ON[name]])
         if name in self.GAINS:
             gain = given[self.GAINS[name]] if len(given) > self.GAINS[name] else None
-            if not isinstance(gain, torch.Tensor):
-                return given[0]
-            return given[0] * self.absolute(gain)
+            return given[0] * self.absolute(gain) if isinstance(gain, torch.Tensor) else given[0]
         if name in self.PRODUCTS and all(isinstance(factor, torch.Tensor) for factor in given):
             a, b = (self.absolute(factor) if isinstance(factor, nn.Parameter) else factor for factor in given)
             return (a * b).clamp(min=1e-300).sqrt() if a.requires_grad and b.requires_grad else a * b
@@ -349,9 +343,8 @@ class SparseLinear(nn.Linear):
         original + (carried + delta).
     """
 
-    BUFFERS = dict(
-        index=torch.int64, place=torch.int64, known=torch.int64, original=None, carried=torch.float32
-    )  # and their types; None: the weight's
+    # The buffers and their types; None: the weight's.
+    BUFFERS = dict(index=torch.long, place=torch.long, known=torch.long, original=None, carried=torch.float)
 
     def set_mask(self, index):
         """Train the entries `index` from now on. What was learned stays in the weight, exactly."""
@@ -387,7 +380,7 @@ class SparseLinear(nn.Linear):
         self.sync()
         trained = self.delta.requires_grad and len(self.delta) and torch.is_grad_enabled()
         if self.weight.requires_grad or not trained:  # being scored, or frozen
-            return F.linear(x, self.weight, self.bias)
+            return nn.functional.linear(x, self.weight, self.bias)
         x_rows = x.reshape(-1, self.in_features)
         y = _SparseGradient.apply(x_rows, self.weight, self.bias, self.delta, *self.cover())
         return y.view(*x.shape[:-1], self.out_features)
@@ -396,7 +389,7 @@ class SparseLinear(nn.Linear):
         """`cover` of the mask, planned again only when `index` has changed, be it in place (a state dict)."""
         mask = self.index, self.index._version
         if self.covered is None or self.covered[0] is not mask[0] or self.covered[1] != mask[1]:
-            self.covered = *mask, cover(self.index, self.in_features)
+            self.covered = *mask, cover(self.index, *self.weight.shape)
         return self.covered[2]
 
     def plain(self):
@@ -417,42 +410,54 @@ class SparseLinear(nn.Linear):
         return self
 
 
-def cover(index, n_columns):
-    """The rectangle of the weight's gradient that holds all the entries `index`: places, rows, columns.
+def cover(index, n_rows, n_columns):
+    """The parts of the weight's gradient to form, so that they hold all the entries `index` and little else.
 
     Every entry of the gradient dyᵀ x is a product of one column of dy and one of x, so that
-        dy[:, rows]ᵀ x[:, columns]
-    is exactly that part of it. Salience forms lines: the entries that matter lie in few rows (outputs) and
-    columns (input features). places (k,) is where the entries stand in the rectangle, laid flat.
+        x[:, crowded]ᵀ dy   and   dy[:, rows]ᵀ x[:, others]
+    are exactly those parts of it. Salience forms lines: the entries that matter lie in few columns (input
+    features) and rows (outputs). The first product takes crowded columns whole, the second the rest of the
+    entries. If that is most of the gradient, all columns count as crowded: the dense product needs no copies.
+    Returns places (k,), where the entries stand in the two products, laid flat one after the other; columns,
+    the crowded ones and then the others; how many are crowded; rows.
     """
     row, column = index // n_columns, index % n_columns
-    rows, columns = row.unique(), column.unique()
-    places = torch.searchsorted(rows, row) * len(columns) + torch.searchsorted(columns, column)
-    return places, rows, columns
+    for share in (1 / 16, 0):
+        crowded = column.bincount(minlength=n_columns) >= share * n_rows
+        outside = ~crowded[column]
+        rows, others = row[outside].unique(), column[outside].unique()
+        if n_rows * crowded.sum() + len(rows) * len(others) <= n_rows * n_columns / 2:
+            break
+    columns, n_crowded = torch.cat((crowded.nonzero().squeeze(1), others)), int(crowded.sum())
+    in_first = torch.searchsorted(columns[:n_crowded], column) * n_rows + row
+    in_second = torch.searchsorted(rows, row) * len(others) + torch.searchsorted(others, column)
+    return torch.where(outside, n_crowded * n_rows + in_second, in_first), columns, n_crowded, rows
 
 
 class _SparseGradient(torch.autograd.Function):
     """y = x Wᵀ + b for x (N, in); of the gradient of W only what `cover` planned is formed, for delta."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, delta, places, rows, columns):
+    def forward(ctx, x, weight, bias, delta, places, columns, n_crowded, rows):
         # A copy of a few columns, and x can go. Of more columns x is the smaller thing to keep, since often
-        # two or three layers read the same x.
-        kept = x.index_select(1, columns) if 4 * len(columns) < x.size(1) else x
-        ctx.save_for_backward(kept, weight, places, rows, columns)
-        return F.linear(x, weight, bias)
+        # two or three layers read the same x. Where all are crowded they stand in order, and need no copy.
+        ctx.n_crowded, ctx.copied = n_crowded, 4 * len(columns) < x.size(1)
+        kept = x.index_select(1, columns) if ctx.copied else x
+        ctx.save_for_backward(kept, weight, places, columns, rows)
+        return nn.functional.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        kept, weight, places, rows, columns = ctx.saved_tensors
-        x = kept if kept.size(1) == len(columns) else kept.index_select(1, columns)
-        dy_rows = dy if dy.size(1) == len(rows) else dy.index_select(1, rows)
+        kept, weight, places, columns, rows = ctx.saved_tensors
+        x = kept if ctx.copied or ctx.n_crowded == kept.size(1) else kept.index_select(1, columns)
         # Under autocast dy is narrower than the weight and x.
         dx = dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
-        ddelta = (dy_rows.T @ x.to(dy.dtype)).view(-1)[places].float()
-        return dx, None, dbias, ddelta, None, None, None
+        crowded, others = x.to(dy.dtype).tensor_split((ctx.n_crowded,), dim=1)
+        products = crowded.T @ dy, dy.index_select(1, rows).T @ others
+        ddelta = torch.cat([product.flatten() for product in products])[places].float()
+        return dx, None, dbias, ddelta, None, None, None, None
 
 
 def sparsify(model, indices):

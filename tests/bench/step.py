@@ -101,13 +101,15 @@ def gather(model, indices, density):
     deltas = speft.sparsify(model, indices)
     for name in indices:
         layer = model.get_submodule(name)
-        rows, columns = (torch.arange(n, device=layer.index.device) for n in layer.weight.shape)
-        layer.covered = layer.index, layer.index._version, (layer.index, rows, columns)
+        n_rows, n_columns = layer.weight.shape
+        places = layer.index % n_columns * n_rows + layer.index // n_columns  # in the whole of xᵀ dy
+        columns = torch.arange(n_columns, device=places.device)
+        layer.covered = layer.index, layer.index._version, (places, columns, n_columns, columns[:0])
     return deltas
 
 
 def cover(model, indices, density):
-    """This project's layer: of the gradient it forms the rectangle that the mask lies in."""
+    """This project's layer: of the gradient it forms the lines that the mask lies in."""
     return speft.sparsify(model, indices)
 
 
@@ -152,7 +154,8 @@ def saved_bytes(model, batch):
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     for layer in model.modules():
         if isinstance(layer, speft.SparseLinear) and len(layer.delta):
-            own |= {t.untyped_storage().data_ptr() for t in layer.cover()}
+            places, columns, _, rows = layer.cover()
+            own |= {t.untyped_storage().data_ptr() for t in (places, columns, rows)}
     kept = {}
 
     def pack(tensor):
