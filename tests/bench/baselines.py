@@ -1,4 +1,4 @@
-"""LoRA and PiSSA, which sparse fine-tuning is compared with. Both plug into `train.main(argv, adapt=...)`.
+"""What sparse fine-tuning is compared with. All plugs into `train.main(argv, adapt=...)`.
 
 LoRA: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022 (arXiv 2106.09685).
 PiSSA: Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import speft  # noqa: E402
+from model import GPT  # noqa: E402
 
 
 class LowRankLinear(nn.Module):
@@ -86,6 +87,25 @@ def adapt(model, batches, density, principal=False, scale=None, layers=None):
         setattr(model.get_submodule(parent), child, adapted)
         parameters += [adapted.A, adapted.B]
     return parameters
+
+
+def moved(model, batches, density, lines):
+    """Train the global gradient mask with its entries at random places of their layers: an ablation.
+
+    lines: whole rows and columns change places, so that entries that shared one still do; otherwise every
+    entry moves by itself, and only the layers' densities are still the gradient's. Returns the deltas.
+    """
+    scores = speft.salience(model, "grad", batches, GPT.sample_losses)
+    indices = speft.select(scores, density, "global")
+    for name, index in indices.items():
+        n_rows, n_columns = scores[name].shape
+        if lines:
+            rows, columns = torch.randperm(n_rows), torch.randperm(n_columns)
+            places = rows[index // n_columns] * n_columns + columns[index % n_columns]
+        else:
+            places = torch.randperm(n_rows * n_columns)[: len(index)]
+        indices[name] = places.sort().values
+    return speft.sparsify(model, indices)
 
 
 def merge(model):

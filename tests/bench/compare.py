@@ -32,8 +32,13 @@ import baselines  # noqa: E402
 import train  # noqa: E402
 
 RATES = [f"{digit}e{power}" for power in range(-6, 1) for digit in (1, 3)]
-START = {"sparse": "1e-2", "lora": "1e-2", "pissa": "3e-3", "full": "3e-4"}
-LOW_RANK = {"lora": False, "pissa": True}  # method: whether it starts from the principal components
+START = {"lora": "1e-2", "pissa": "3e-3", "full": "3e-4"}  # the rate to try first; of all others 1e-2
+ADAPT = {  # method: what takes the place of scoring and masking
+    "lora": baselines.lora,
+    "pissa": baselines.pissa,
+    "grad moved lines": functools.partial(baselines.moved, lines=True),
+    "grad moved entries": functools.partial(baselines.moved, lines=False),
+}
 METRICS = ("grad", "snip", "force", "fisher", "grasp", "synflow", "magnitude", "random")  # taylor is snip
 SETTING = ("method", "metric", "scope", "mask", "density", "flags")  # what makes a row of the table
 
@@ -63,6 +68,7 @@ STUDIES = {  # name: (train.py's flags, seeds, settings, the most urgent first)
             + [sparse("grad", density=d) for d in (0.001, 0.003, LORA_RANK_1, 0.03)]
             + [setting("lora", d) for d in (LORA_RANK_1, 0.03)]
             + [sparse(metric) for metric in METRICS]
+            + [setting("grad moved lines"), setting("grad moved entries"), sparse("random", "local")]
             + [sparse(metric, "local") for metric in METRICS]
             + [sparse("random", density=d) for d in (0.001, 0.003, 0.03)]
             + [sparse(metric, "global", "dynamic") for metric in METRICS]
@@ -102,10 +108,9 @@ def command(study, cell, out):
 
 def run_here(study, cell):
     """Run a cell in this process; returns its line of the results file."""
-    adapt = None
-    if cell["method"] in LOW_RANK:
-        principal = LOW_RANK[cell["method"]]
-        adapt = functools.partial(baselines.adapt, density=cell["density"], principal=principal)
+    adapt = ADAPT.get(cell["method"])
+    if adapt:
+        adapt = functools.partial(adapt, density=cell["density"])
     with tempfile.TemporaryDirectory() as out:
         result = train.main(command(study, cell, out), adapt)
         log = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
@@ -184,7 +189,7 @@ def tune(results, chosen):
             losses[rate] = row.get("val_after", float("inf"))
         return losses[rate]
 
-    best = RATES.index(START[chosen["method"]])
+    best = RATES.index(START.get(chosen["method"], "1e-2"))
     while True:
         around = [best, *(rate for rate in (best - 1, best + 1) if 0 <= rate < len(RATES))]
         better = min(around, key=loss)

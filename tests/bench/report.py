@@ -34,7 +34,8 @@ def step_table():
     ]
     for line in (RESULTS / "step.jsonl").read_text().splitlines():
         row = json.loads(line)
-        ratios = " | ".join(f"{row['ratios'][name]:.2f}" for name in ("lora", "full", "frozen"))
+        ratios = [row["ratios"].get(name) for name in ("lora", "full", "frozen")]
+        ratios = " | ".join("not timed" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
         lines.append(
             f"| {row['density']:g}, {row['mask']} | {row['variant']} | {row['trained']:,} | {ratios} | "
             f"{row['saved_bytes'] / 1e6:,.0f} |"
