@@ -110,29 +110,25 @@ def _count(batches):
     return sum(len(batch[0]) for batch in batches)
 
 
-def _backward(consume, model, weights, batches, loss_fn):
-    """A backward pass a batch, from the sum of its losses; consume(weight, gradient) gets each gradient.
+def mean_gradient(model, weights, batches, loss_fn, power=1):
+    """{weight: g}, the gradient of the mean loss over all samples, from one backward pass a batch.
 
-    Every gradient is used and freed as soon as it has been produced: memory holds one layer's at a time.
+    With a power, the mean of the batches' gradients to that power. Every gradient is used and freed as soon as
+    it has been produced: memory holds one layer's at a time.
     """
+    mean, share = _zeros(weights), 1 / _count(batches)
 
-    def hook(weight):
-        consume(weight, weight.grad)
+    def consume(weight):
+        mean[weight].add_(weight.grad.to(mean[weight].dtype) ** power, alpha=share)
         weight.grad = None
 
-    handles = [weight.register_post_accumulate_grad_hook(hook) for weight in weights.values()]
+    handles = [weight.register_post_accumulate_grad_hook(consume) for weight in weights.values()]
     try:
         for batch in batches:
             _loss_sum(model, batch, loss_fn).backward()
     finally:
         for handle in handles:
             handle.remove()
-
-
-def mean_gradient(model, weights, batches, loss_fn):
-    """{weight: g}, the gradient of the mean loss over all samples, from one backward pass a batch."""
-    mean, share = _zeros(weights), 1 / _count(batches)
-    _backward(lambda w, gradient: mean[w].add_(gradient, alpha=share), model, weights, batches, loss_fn)
     return mean
 
 
@@ -178,19 +174,19 @@ def taylor(model, weights, batches, loss_fn):
 def grasp(model, weights, batches, loss_fn):
     """−(H g) ⊙ θ, with H the Hessian of ℓ over all chosen layers jointly.
 
-    H g = ∂(∂ℓ/∂θ · g)/∂θ with g held constant: one pass over the batches for g, one for the product.
+    H g is the gradient of the slope of ℓ along g, that is of ∂ℓ/∂θ · g with g held constant.
     """
     g = mean_gradient(model, weights, batches, loss_fn)
-    product = _zeros(weights)
+
+    def slope(model, batch):
+        loss = loss_fn(model, batch).mean()
+        along = torch.autograd.grad(loss, list(g), create_graph=True, materialize_grads=True)
+        # 0 · loss: where the loss is linear in the weights, the slope depends on none of them.
+        return sum((part * g[w]).sum() for w, part in zip(g, along)) + 0 * loss
+
     # Fused attention has no second derivative.
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        for batch in batches:
-            loss = _loss_sum(model, batch, loss_fn) / _count(batches)
-            first = torch.autograd.grad(loss, list(g), create_graph=True, materialize_grads=True)
-            slope = sum((part * g[w]).sum() for w, part in zip(g, first))
-            if slope.requires_grad:  # else the loss is linear in the weights, and H is zero
-                for w, part in zip(g, torch.autograd.grad(slope, list(g), materialize_grads=True)):
-                    product[w].add_(part)
+        product = mean_gradient(model, weights, batches, slope)
     return {name: product[w].mul_(w.detach()).neg_() for name, w in weights.items()}
 
 
@@ -199,14 +195,9 @@ def fisher(model, weights, batches, loss_fn):
 
     By definition: a backward pass a sample.
     """
-    total, share = _zeros(weights), 1 / _count(batches)
-    samples = (tuple(part[n : n + 1] for part in batch) for batch in batches for n in range(len(batch[0])))
-
-    def add_square(w, gradient):
-        total[w].add_(gradient.to(total[w].dtype).square(), alpha=share)
-
-    _backward(add_square, model, weights, samples, loss_fn)
-    return {name: total[w] for name, w in weights.items()}
+    samples = [tuple(part[n : n + 1] for part in batch) for batch in batches for n in range(len(batch[0]))]
+    square = mean_gradient(model, weights, samples, loss_fn, power=2)
+    return {name: square[w] for name, w in weights.items()}
 
 
 def synflow(model, weights, batches, loss_fn):
@@ -297,35 +288,20 @@ def select(scores, density, scope):
 
 
 def _top(scores, count):
-    """The flat indices of the `count` largest scores, without a concatenated copy of them.
-
-    The threshold, the count-th largest score, is found by bisection over all float32 values in their order:
-    at most 32 passes that only count.
-    """
-    low, high = ~0x7F800000, 0x7F800000  # the places of -infinity and infinity
-    while low < high:
-        middle = (low + high + 1) // 2
-        if sum((score >= _float_at(middle)).sum() for score in scores.values()) >= count:
-            low = middle
-        else:
-            high = middle - 1
-    threshold = _float_at(low)
-    ties = count - sum((score > threshold).sum().item() for score in scores.values())
-    indices = {}
+    """The flat indices of the `count` largest scores, from copies of no more than 2 `count` and a layer."""
+    top = []
+    for score in scores.values():
+        top.append(score)
+        if sum(map(len, top)) >= 2 * count:
+            top = [torch.cat(top).topk(count, sorted=False).values]
+    top = torch.cat(top).topk(count, sorted=False).values
+    threshold, indices = top.min(), {}
+    ties = count - (top > threshold).sum()
     for name, score in scores.items():
         tied = (score == threshold).nonzero()[:ties]
         indices[name] = torch.cat(((score > threshold).nonzero(), tied)).squeeze(1).sort().values
         ties -= len(tied)
     return indices
-
-
-def _float_at(place):
-    """The float32 value at `place` in the order of all: zero is at 0, negative values have negative places.
-
-    The bits of a float, read as an integer, are in this order up to its sign.
-    """
-    bits = torch.tensor(place if place >= 0 else place ^ 0x7FFFFFFF, dtype=torch.int32)
-    return bits.view(torch.float32).item()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -374,7 +350,7 @@ class SparseLinear(nn.Linear):
         """Make the weight right, however `delta` was changed: m entries, cheap at every forward pass."""
         # Through .data: a backward pass that is still to come saw the same values, so autograd need not know.
         values = (self.original + self.total()).to(self.weight.dtype)  # the sum in float32 or wider
-        self.weight.data.view(-1).index_copy_(0, self.known, values)
+        self.weight.data.put_(self.known, values)
 
     def forward(self, x):
         self.sync()
@@ -414,24 +390,39 @@ def cover(index, n_rows, n_columns):
     """The parts of the weight's gradient to form, so that they hold all the entries `index` and little else.
 
     Every entry of the gradient dyᵀ x is a product of one column of dy and one of x, so that
-        x[:, crowded]ᵀ dy   and   dy[:, rows]ᵀ x[:, others]
-    are exactly those parts of it. Salience forms lines: the entries that matter lie in few columns (input
-    features) and rows (outputs). The first product takes crowded columns whole, the second the rest of the
-    entries. If that is most of the gradient, all columns count as crowded: the dense product needs no copies.
+        x[:, crowded]ᵀ dy   and   x[:, others]ᵀ dy[:, rows]
+    are exactly those parts of it, transposed. Salience forms lines: the entries that matter lie in few columns
+    (input features) and rows (outputs). The first product takes crowded columns whole, the second takes the
+    columns and rows of the entries outside them. The cheapest of a few limits says what is crowded.
     Returns places (k,), where the entries stand in the two products, laid flat one after the other; columns,
     the crowded ones and then the others; how many are crowded; rows.
     """
     row, column = index // n_columns, index % n_columns
-    for share in (1 / 16, 0):
-        crowded = column.bincount(minlength=n_columns) >= share * n_rows
+    kept = column.bincount(minlength=n_columns)
+
+    def split(limit):
+        crowded = kept >= limit * n_rows
         outside = ~crowded[column]
-        rows, others = row[outside].unique(), column[outside].unique()
-        if n_rows * crowded.sum() + len(rows) * len(others) <= n_rows * n_columns / 2:
-            break
-    columns, n_crowded = torch.cat((crowded.nonzero().squeeze(1), others)), int(crowded.sum())
-    in_first = torch.searchsorted(columns[:n_crowded], column) * n_rows + row
-    in_second = torch.searchsorted(rows, row) * len(others) + torch.searchsorted(others, column)
-    return torch.where(outside, n_crowded * n_rows + in_second, in_first), columns, n_crowded, rows
+        rows, others = row[outside].bincount(minlength=n_rows), column[outside].bincount(minlength=n_columns)
+        return outside, *(lines.nonzero().squeeze(1) for lines in (crowded, others, rows))
+
+    def cost(parts):
+        _, crowded, others, rows = parts
+        if len(crowded) == n_columns:
+            return n_rows * n_columns  # the dense product copies nothing
+        # Counted in entries, as measured on a CPU: to read all of dy costs as much as 16 columns, to copy a line
+        # of x or dy as much as 64 entries.
+        whole = n_rows * (len(crowded) + 16) if len(crowded) else 0
+        return whole + len(others) * len(rows) + 64 * (len(crowded) + len(others) + len(rows))
+
+    outside, crowded, others, rows = min(map(split, LIMITS), key=cost)
+    in_first = torch.searchsorted(crowded, column) * n_rows + row
+    in_second = torch.searchsorted(others, column) * len(rows) + torch.searchsorted(rows, row)
+    places = torch.where(outside, len(crowded) * n_rows + in_second, in_first)
+    return places, torch.cat((crowded, others)), len(crowded), rows
+
+
+LIMITS = (0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, math.inf)  # kept share of a crowded column; 0: all, inf: none
 
 
 class _SparseGradient(torch.autograd.Function):
@@ -441,7 +432,7 @@ class _SparseGradient(torch.autograd.Function):
     def forward(ctx, x, weight, bias, delta, places, columns, n_crowded, rows):
         # A copy of a few columns, and x can go. Of more columns x is the smaller thing to keep, since often
         # two or three layers read the same x. Where all are crowded they stand in order, and need no copy.
-        ctx.n_crowded, ctx.copied = n_crowded, 4 * len(columns) < x.size(1)
+        ctx.n_crowded, ctx.copied = n_crowded, 2 * len(columns) < x.size(1)
         kept = x.index_select(1, columns) if ctx.copied else x
         ctx.save_for_backward(kept, weight, places, columns, rows)
         return nn.functional.linear(x, weight, bias)
@@ -455,9 +446,14 @@ class _SparseGradient(torch.autograd.Function):
         dx = dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
         crowded, others = x.to(dy.dtype).tensor_split((ctx.n_crowded,), dim=1)
-        products = crowded.T @ dy, dy.index_select(1, rows).T @ others
-        ddelta = torch.cat([product.flatten() for product in products])[places].float()
-        return dx, None, dbias, ddelta, None, None, None, None
+        sizes = crowded.size(1) * dy.size(1), others.size(1) * len(rows)
+        products = dy.new_empty(sum(sizes))
+        first, second = products.split(sizes)
+        if sizes[0]:
+            torch.mm(crowded.T, dy, out=first.view(-1, dy.size(1)))
+        if sizes[1]:
+            torch.mm(others.T, dy.index_select(1, rows), out=second.view(-1, len(rows)))
+        return dx, None, dbias, products[places].float(), None, None, None, None
 
 
 def sparsify(model, indices):
