@@ -5,11 +5,16 @@ python tests/bench/step.py [--model smollm2] [--device cuda] [--densities 0.01 0
 The variants take turns in one process, step by step, and the ratios are taken pair by pair: a machine that
 gets slower gets slower for all. Before that every sparse variant's gradients are compared with autograd's
 through the dense weight. Rows are appended to --out as JSON lines.
+
+On a CPU much of a step may be page faults: glibc gives freed memory back to the system, which then hands it
+out again page by page. MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=8000000000 in the environment
+makes it keep what it has; the rows say which it was, and how many faults a step took.
 """
 
 import argparse
 import copy
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -247,17 +252,20 @@ def compare(model, batches, mask, density, indices, args):
             "optimizer_bytes": sum(t.nbytes for s in state for t in s.values()),
             "tokens": args.batch * args.tokens, "dtype": args.dtype,
         })  # fmt: skip
-    times = {name: [] for name in ready}
+    times, faults = {name: [] for name in ready}, {name: [] for name in ready}
     for repetition in range(args.repetitions):
         for name, (copied, optimizer) in ready.items():
             synchronize(args)
-            start = time.perf_counter()
+            start, faults_before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             step(copied, optimizer, batches[repetition % len(batches)])
             synchronize(args)
             times[name].append(time.perf_counter() - start)
+            faults[name].append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before)
     for row in rows:
         mine = times[row["variant"]]
         row["seconds"] = statistics.median(mine)
+        row["page_faults"] = statistics.median(faults[row["variant"]])
+        row["allocator"] = "keeps memory" if "MALLOC_TRIM_THRESHOLD_" in os.environ else "default"
         row["ratios"] = {name: statistics.median(a / b for a, b in zip(mine, theirs))
                          for name, theirs in times.items()}  # fmt: skip
         row |= data.environment(args.device) | {"threads": torch.get_num_threads()}
