@@ -95,17 +95,6 @@ def _in_range(scores, power=1):
     return {name: score.double() * scale for name, score in scores.items()}
 
 
-def _zeros(weights):
-    """An accumulator for every weight: float32, or float64 where the weight is."""
-    return {w: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float)) for w in weights.values()}
-
-
-def _loss_sum(model, batch, loss_fn):
-    """The sum of the samples' losses, whether loss_fn returns them one by one or their mean."""
-    loss = loss_fn(model, batch)
-    return loss.sum() if loss.dim() else loss * len(batch[0])
-
-
 def _count(batches):
     return sum(len(batch[0]) for batch in batches)
 
@@ -116,16 +105,18 @@ def mean_gradient(model, weights, batches, loss_fn, power=1):
     With a power, the mean of the batches' gradients to that power. Every gradient is used and freed as soon as
     it has been produced: memory holds one layer's at a time.
     """
-    mean, share = _zeros(weights), 1 / _count(batches)
+    mean = {w: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float)) for w in weights.values()}
+    share = 1 / _count(batches)
 
     def consume(weight):
-        mean[weight].add_(weight.grad.to(mean[weight].dtype) ** power, alpha=share)
+        mean[weight].add_(weight.grad.to(mean[weight]) ** power, alpha=share)
         weight.grad = None
 
     handles = [weight.register_post_accumulate_grad_hook(consume) for weight in weights.values()]
     try:
         for batch in batches:
-            _loss_sum(model, batch, loss_fn).backward()
+            loss = loss_fn(model, batch)
+            (loss.sum() if loss.dim() else loss * len(batch[0])).backward()
     finally:
         for handle in handles:
             handle.remove()
@@ -357,9 +348,7 @@ class SparseLinear(nn.Linear):
         trained = self.delta.requires_grad and len(self.delta) and torch.is_grad_enabled()
         if self.weight.requires_grad or not trained:  # being scored, or frozen
             return nn.functional.linear(x, self.weight, self.bias)
-        x_rows = x.reshape(-1, self.in_features)
-        y = _SparseGradient.apply(x_rows, self.weight, self.bias, self.delta, *self.cover())
-        return y.view(*x.shape[:-1], self.out_features)
+        return _SparseGradient.apply(x, self.weight, self.bias, self.delta, *self.cover())
 
     def cover(self):
         """`cover` of the mask, planned again only when `index` has changed, be it in place (a state dict)."""
@@ -426,14 +415,14 @@ LIMITS = (0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, math.inf)  # kept share of a 
 
 
 class _SparseGradient(torch.autograd.Function):
-    """y = x Wᵀ + b for x (N, in); of the gradient of W only what `cover` planned is formed, for delta."""
+    """y = x Wᵀ + b for x (..., in); of the gradient of W only what `cover` planned is formed, for delta."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, delta, places, columns, n_crowded, rows):
         # A copy of a few columns, and x can go. Of more columns x is the smaller thing to keep, since often
         # two or three layers read the same x. Where all are crowded they stand in order, and need no copy.
-        ctx.n_crowded, ctx.copied = n_crowded, 2 * len(columns) < x.size(1)
-        kept = x.index_select(1, columns) if ctx.copied else x
+        ctx.n_crowded, ctx.copied = n_crowded, 2 * len(columns) < x.size(-1)
+        kept = x.index_select(-1, columns) if ctx.copied else x
         ctx.save_for_backward(kept, weight, places, columns, rows)
         return nn.functional.linear(x, weight, bias)
 
@@ -441,18 +430,17 @@ class _SparseGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         kept, weight, places, columns, rows = ctx.saved_tensors
-        x = kept if ctx.copied or ctx.n_crowded == kept.size(1) else kept.index_select(1, columns)
+        x = kept if ctx.copied or ctx.n_crowded == kept.size(-1) else kept.index_select(-1, columns)
         # Under autocast dy is narrower than the weight and x.
         dx = dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
+        x, dy = x.to(dy.dtype).reshape(-1, x.size(-1)), dy.reshape(-1, dy.size(-1))
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
-        crowded, others = x.to(dy.dtype).tensor_split((ctx.n_crowded,), dim=1)
+        crowded, others = x.tensor_split((ctx.n_crowded,), dim=1)
         sizes = crowded.size(1) * dy.size(1), others.size(1) * len(rows)
         products = dy.new_empty(sum(sizes))
         first, second = products.split(sizes)
-        if sizes[0]:
-            torch.mm(crowded.T, dy, out=first.view(-1, dy.size(1)))
-        if sizes[1]:
-            torch.mm(others.T, dy.index_select(1, rows), out=second.view(-1, len(rows)))
+        torch.mm(crowded.T, dy, out=first.view(crowded.size(1), dy.size(1)))
+        torch.mm(others.T, dy.index_select(1, rows), out=second.view(others.size(1), len(rows)))
         return dx, None, dbias, products[places].float(), None, None, None, None
 
 
@@ -507,8 +495,7 @@ def adapter(model):
 
     Over remasks it is the union of all masks.
     """
-    layers = _sparse_layers(model)
-    return {name: (layer.known.clone(), layer.total(), tuple(layer.weight.shape)) for name, layer in layers}
+    return {name: (m.known.clone(), m.total(), tuple(m.weight.shape)) for name, m in _sparse_layers(model)}
 
 
 def load_adapter(model, state):

@@ -35,6 +35,7 @@ FLAGS = {  # name: (default, the values allowed, help)
     "score-examples": (128, POSITIVE, "training examples to score with"),
     "steps": (120, NOT_NEGATIVE, "optimizer steps"),
     "batch-size": (8, POSITIVE, "examples read at once"),
+    "accumulate": (1, POSITIVE, "batches whose gradients make a step"),
     "seq-len": (256, POSITIVE, "longest example, in tokens"),
     "lr": (1e-2, POSITIVE, "peak learning rate"),
     "warmup": (0.03, lambda x: 0 <= x <= 1, "share of the steps in which the learning rate rises"),
@@ -45,7 +46,9 @@ FLAGS = {  # name: (default, the values allowed, help)
     "seed": (0, NOT_NEGATIVE, "of the data order and of random numbers"),
     "device": (DEVICES[0], DEVICES, "where to compute"),
     "dtype": ("float32", ["float32", "bfloat16"], "type of the weights; corrections are always float32"),
+    "prompt": ("", None, "text for the samples to continue, instead of a held-out example's beginning"),
     "out": ("out", None, "folder for the results"),
+    "merge": ("", None, "folder for the whole fine-tuned model; --method full has it in --out by default"),
     "checkpoint-every": (0, NOT_NEGATIVE, "steps between checkpoints in --out; 0: only when stopped"),
     "resume": (False, None, "go on from the checkpoint in --out"),
 }
@@ -112,7 +115,7 @@ def fit(model, params, train, val, args, stop, saved):
         optimizer.load_state_dict(saved["optimizer"])
     while len(log) < args.steps and args.method != "none" and not stop:
         step, start = len(log), time.time()
-        row = {"step": step + 1, "lr": learning_rate(step, args)}
+        row = {"step": step + 1, "lr": learning_rate(step, args), "loss": 0.0}
         if params is None or masks and args.mask == "dynamic" and step % args.refresh == 0:
             indices = choose_mask(model, train, args, draw=step // args.refresh)
             masks = {"learned": speft.adapter(model), "indices": indices}
@@ -120,17 +123,19 @@ def fit(model, params, train, val, args, stop, saved):
             row["score_seconds"] = time.time() - start
         optimizer = optimizer or torch.optim.AdamW(params, weight_decay=args.weight_decay, fused=True)
         optimizer.param_groups[0]["lr"] = row["lr"]
-        (batch,) = train.draw(step * args.batch_size, args.batch_size, args.seed, args.batch_size)
-        loss = model.sample_losses(batch).mean()
         optimizer.zero_grad()
-        loss.backward()
+        count = args.batch_size * args.accumulate
+        batches = train.draw(step * count, count, args.seed, args.batch_size)
+        for batch in batches:
+            loss = model.sample_losses(batch).sum() / count
+            loss.backward()
+            row["loss"] += loss.item()
         row["gradient_norm"] = torch.nn.utils.clip_grad_norm_(params, args.clip).item()
-        row["loss"] = loss.item()
         if not math.isfinite(row["loss"] + row["gradient_norm"]):
             raise ArithmeticError(f"step {step + 1}: the loss or its gradient is not finite: {row}")
         optimizer.step()
         row["seconds"] = time.time() - start - row.get("score_seconds", 0)
-        row["tokens_per_second"] = batch[0].numel() / row["seconds"]
+        row["tokens_per_second"] = sum(batch[0].numel() for batch in batches) / row["seconds"]
         if (step + 1) % args.eval_every == 0:
             row["val"] = model.mean_loss(val)
         log.append(row)
@@ -151,7 +156,7 @@ def show_progress(row, steps):
 def run(args, adapt, stop):
     """Load, evaluate, train, evaluate, save; returns what result.json holds."""
     start = time.time()
-    out = data.check_folder(args.out)
+    out, merged = (data.check_folder(folder or args.out) for folder in (args.out, args.merge))
     torch.manual_seed(args.seed)
     model = GPT.from_pretrained(args.model, getattr(torch, args.dtype)).to(args.device)
     tokenizer = data.load_tokenizer(args.model)
@@ -171,18 +176,19 @@ def run(args, adapt, stop):
     result = dict(vars(args))
     print(f"{args.model}: {args.total:,} weights; {len(train):,} examples ({train.too_long} were too long)")
 
+    end, beginning = data.end_token(tokenizer), splits["val"].samples[0][0][:32].tolist()
+    beginning = [end, *tokenizer.encode_ordinary(args.prompt)] if args.prompt else beginning
+
     def report(when, *names):
         for name in names:
             loss = result[f"{name}_{when}"] = model.mean_loss(held_out[name])
             print(f"{name} loss {when}: {loss:.4f} nats a token", flush=True)
         if args.data == "gsm":
             prompts, solutions = zip(*splits["test"].questions(args.eval_examples))
-            said = model.complete(prompts, args.seq_len, [data.end_token(tokenizer)], args.batch_size)
-            match = data.exact_match(map(tokenizer.decode, said), map(tokenizer.decode, solutions))
-            result[f"exact_match_{when}"] = match
+            said = tokenizer.decode_batch(model.complete(prompts, args.seq_len, [end], args.batch_size))
+            match = result[f"exact_match_{when}"] = data.exact_match(said, tokenizer.decode_batch(solutions))
             print(f"exact match {when}: {match}", flush=True)
-        beginning = splits["val"].samples[0][0][None, :32].to(args.device)
-        words = model.generate(beginning, 48)[0].tolist()
+        words = beginning + model.complete([beginning], 48, [end], 1)[0]
         print(f"sample {when}: {tokenizer.decode(words)!r}", flush=True)
 
     report("before", "val", "source")
@@ -190,10 +196,11 @@ def run(args, adapt, stop):
     if adapt is not None:
         params = adapt(model, train.draw(0, args.score_examples, args.seed + 1, args.batch_size))
     log, params = fit(model, params, train, held_out["val"], args, stop, saved)
-    if args.method == "full":
-        data.write_checkpoint(out, args.model, model.state_dict(), torch.float16)
-    elif args.method == "sparse" and adapt is None:
+    if args.method == "sparse" and adapt is None:
         data.write_adapter(args, speft.adapter(model))
+    if args.method == "full" or args.merge:
+        dtype = torch.float16 if args.method == "full" else getattr(torch, args.dtype)
+        data.write_checkpoint(merged, args.model, speft.merge(model).state_dict(), dtype)
     report("after", "val", "test", "source")
     result |= {"trained": sum(parameter.numel() for parameter in params), "steps_done": len(log)}
     result["score_seconds"] = sum(row.get("score_seconds", 0) for row in log)

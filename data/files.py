@@ -103,7 +103,7 @@ def read_progress(args):
     checkpoints are of other settings.
     """
     folder, found, different = Path(args.out), [], []
-    own = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "checkpoint_every")}
+    own = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "checkpoint_every", "merge")}
     if (folder / "result.json").exists():
         result = read_json(folder / "result.json")
         if result.items() >= (own | {"steps_done": args.steps}).items():

@@ -129,6 +129,49 @@ def test_a_baseline_takes_the_place_of_the_mask(tmp_path):
     assert result["val_after"] < result["val_before"]
 
 
+def test_two_micro_steps_are_one_step_with_completions_of_unequal_length(tmp_path):
+    words = "the of a model is trained on some text that was read before and more".split()
+    lines = [{"prompt": words[n % 14], "completion": " ".join(words[: 1 + n * n % 13])} for n in range(40)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    saved, losses = [], []
+    for size, count in ((8, 1), (4, 2), (2, 4)):
+        out = tmp_path / str(size)
+        run(out, "--data", path, "--batch-size", size, "--accumulate", count, "--score-examples", 16)
+        saved.append(torch.load(out / "adapter.pt", weights_only=True)["adapter"])
+        losses.append([row["loss"] for row in read_log(out)])
+    for other, loss in zip(saved[1:], losses[1:]):
+        assert loss == pytest.approx(losses[0], abs=1e-4)
+        for name, (index, values, _) in saved[0].items():
+            assert torch.equal(other[name][0], index)
+            # Adam's first steps have the size of the rate, whatever the gradient's: rounding shows.
+            assert (other[name][1] - values).norm() <= 0.02 * values.norm()
+    assert losses[0] != losses[1]  # the sums are really taken in another order
+
+
+def test_merging_writes_the_model_with_what_was_learned(tmp_path):
+    result = run(tmp_path / "out", "--merge", tmp_path / "merged")
+    merged, corrected = GPT.from_pretrained(tmp_path / "merged"), load(tmp_path / "out")
+    idx = torch.arange(40)[None] * 7
+    assert torch.equal(merged(idx)[0], corrected(idx)[0])
+    assert validation_loss(merged) == pytest.approx(result["val_after"], abs=1e-6)
+    later = ["--method", "none", "--adapter", tmp_path / "out" / "adapter.pt", "--merge", tmp_path / "later"]
+    run(tmp_path / "none", *later)
+    assert GPT.from_pretrained(tmp_path / "later").fingerprint() == merged.fingerprint()
+
+
+def test_a_prompt_is_continued_by_the_model_before_and_after(tmp_path, capsys):
+    run(tmp_path, "--prompt", "def main(argv):", "--lr", 1e-2)
+    samples = re.findall(r"sample (?:before|after): (.*)", capsys.readouterr().out)
+    assert len(samples) == 2
+    tokenizer = data.load_tokenizer("base")
+    prompt = [data.end_token(tokenizer), *tokenizer.encode_ordinary("def main(argv):")]
+    for sample, model in zip(samples, (GPT.from_pretrained("base"), load(tmp_path))):
+        ids = model.generate(torch.tensor([prompt]), 48, stop=[data.end_token(tokenizer)])[0].tolist()
+        expected = repr(tokenizer.decode(ids))
+        assert sample.rstrip("'\"") == expected.rstrip("'\"").removesuffix("<|endoftext|>")
+
+
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 def test_a_signal_ends_the_run_after_the_step_with_what_was_learned(tmp_path, monkeypatch, number):
     finished = []
@@ -163,6 +206,7 @@ USAGE = (
     ("--steps -1", "--steps"),
     ("--steps 1.5", "--steps"),
     ("--batch-size 0", "--batch-size"),
+    ("--accumulate 0", "--accumulate"),
     ("--seq-len 0", "--seq-len"),
     ("--lr 0", "--lr"),
     ("--lr inf", "--lr"),
@@ -184,6 +228,7 @@ FAILURES = (
     ("--val {tmp}/nothing.txt", "nothing.txt"),
     ("--seq-len 257", "257"),
     ("--out /dev/null/out", "/dev/null"),
+    ("--merge /dev/null/out", "/dev/null"),
     ("--layers no.such.layer", "no linear layer"),
     ("--density 1e-9", "1e-09"),
     ("--lr 1e30", "step"),

@@ -5,6 +5,7 @@ PiSSA: Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adapt
 Models", NeurIPS 2024 (arXiv 2404.02948).
 """
 
+import copy
 import functools
 import math
 import sys
@@ -106,6 +107,21 @@ def moved(model, batches, density, lines):
             places = torch.randperm(n_rows * n_columns)[: len(index)]
         indices[name] = places.sort().values
     return speft.sparsify(model, indices)
+
+
+def warmed(model, batches, density):
+    """Train the global gradient mask of a model that has had a pass of full fine-tuning: an ablation.
+
+    Only the scores come from that copy, which one pass of AdamW over the scoring examples has trained.
+    """
+    copied = copy.deepcopy(model).requires_grad_(True)
+    optimizer = torch.optim.AdamW(copied.parameters(), lr=3e-4, weight_decay=0.0)
+    for batch in batches:
+        optimizer.zero_grad()
+        copied.sample_losses(batch).mean().backward()
+        optimizer.step()
+    scores = speft.salience(copied, "grad", batches, GPT.sample_losses)
+    return speft.sparsify(model, speft.select(scores, density, "global"))
 
 
 def merge(model):

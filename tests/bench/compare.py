@@ -38,6 +38,7 @@ ADAPT = {  # method: what takes the place of scoring and masking
     "pissa": baselines.pissa,
     "grad moved lines": functools.partial(baselines.moved, lines=True),
     "grad moved entries": functools.partial(baselines.moved, lines=False),
+    "grad after a warm-up": baselines.warmed,
 }
 METRICS = ("grad", "snip", "force", "fisher", "grasp", "synflow", "magnitude", "random")  # taylor is snip
 SETTING = ("method", "metric", "scope", "mask", "density", "flags")  # what makes a row of the table
@@ -68,17 +69,19 @@ STUDIES = {  # name: (train.py's flags, seeds, settings, the most urgent first)
             + [sparse("grad", density=d) for d in (0.001, 0.003, LORA_RANK_1, 0.03)]
             + [setting("lora", d) for d in (LORA_RANK_1, 0.03)]
             + [sparse(metric) for metric in METRICS]
-            + [setting("grad moved lines"), setting("grad moved entries"), sparse("random", "local")]
             + [sparse(metric, "local") for metric in METRICS]
             + [sparse("random", density=d) for d in (0.001, 0.003, 0.03)]
+            + [setting("grad moved lines"), setting("grad moved entries")]
             + [sparse(metric, "global", "dynamic") for metric in METRICS]
-            + [sparse("grad", flags=f"--steps {n}") for n in (15, 240)]
-            + [sparse("random", flags=f"--steps {n}") for n in (15, 240)]
-            + [setting("lora", flags=f"--steps {n}") for n in (15, 240)]
-            + [setting("full", None, flags=f"--steps {n}") for n in (15, 240)]
-            + [sparse("grad", flags=f"--score-examples {n}") for n in (8, 512)]
-            + [sparse(metric, "local", "dynamic") for metric in METRICS]
+            + [setting("grad after a warm-up"), sparse("grad", flags="--score-examples 512")]
+            + [sparse("grad", "local", "dynamic"), sparse("random", "local", "dynamic")]
             + [sparse("grad", flags=f"--layers {kind}") for kind in ("attn", "mlp")]
+            + [sparse("grad", flags=f"--steps {n}") for n in (240, 15)]
+            + [sparse("random", flags=f"--steps {n}") for n in (240, 15)]
+            + [setting("lora", flags=f"--steps {n}") for n in (240, 15)]
+            + [setting("full", None, flags=f"--steps {n}") for n in (240, 15)]
+            + [sparse(metric, "local", "dynamic") for metric in METRICS]
+            + [sparse("grad", flags="--score-examples 8")]
         ),
     ),
     "smollm2": (

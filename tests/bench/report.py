@@ -29,16 +29,17 @@ def prose_table():
 def step_table():
     """The step benchmark's rows, a density and mask after the other."""
     lines = [
-        "| density, mask | variant | trained | step / LoRA's | / full | / frozen | saved activations, MB |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| density, mask | variant | trained | step / LoRA's | / full | / frozen | saved, MB | faulted, MB |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for line in (RESULTS / "step.jsonl").read_text().splitlines():
         row = json.loads(line)
         ratios = [row["ratios"].get(name) for name in ("lora", "full", "frozen")]
         ratios = " | ".join("not timed" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
+        kept = ", memory kept" if row["allocator"] != "default" else ""
         lines.append(
-            f"| {row['density']:g}, {row['mask']} | {row['variant']} | {row['trained']:,} | {ratios} | "
-            f"{row['saved_bytes'] / 1e6:,.0f} |"
+            f"| {row['density']:g}, {row['mask']}{kept} | {row['variant']} | {row['trained']:,} | {ratios} | "
+            f"{row['saved_bytes'] / 1e6:,.0f} | {row['page_faults'] * 4096 / 1e6:,.0f} |"
         )
     return lines
 
