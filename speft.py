@@ -102,8 +102,8 @@ def _count(batches):
 def mean_gradient(model, weights, batches, loss_fn, power=1):
     """{weight: g}, the gradient of the mean loss over all samples, from one backward pass a batch.
 
-    With a power, the mean of the batches' gradients to that power. Every gradient is used and freed as soon as
-    it has been produced: memory holds one layer's at a time.
+    With a power, the mean of the batches' gradients to that power. Every gradient is used and freed as soon
+    as it has been produced: memory holds one layer's at a time.
     """
     mean = {w: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float)) for w in weights.values()}
     share = 1 / _count(batches)
@@ -348,7 +348,9 @@ class SparseLinear(nn.Linear):
         trained = self.delta.requires_grad and len(self.delta) and torch.is_grad_enabled()
         if self.weight.requires_grad or not trained:  # being scored, or frozen
             return nn.functional.linear(x, self.weight, self.bias)
-        return _SparseGradient.apply(x, self.weight, self.bias, self.delta, *self.cover())
+        x_rows = x.reshape(-1, self.in_features)
+        y = _SparseGradient.apply(x_rows, self.weight, self.bias, self.delta, *self.cover())
+        return y.view(*x.shape[:-1], self.out_features)
 
     def cover(self):
         """`cover` of the mask, planned again only when `index` has changed, be it in place (a state dict)."""
@@ -380,9 +382,9 @@ def cover(index, n_rows, n_columns):
 
     Every entry of the gradient dyᵀ x is a product of one column of dy and one of x, so that
         x[:, crowded]ᵀ dy   and   x[:, others]ᵀ dy[:, rows]
-    are exactly those parts of it, transposed. Salience forms lines: the entries that matter lie in few columns
-    (input features) and rows (outputs). The first product takes crowded columns whole, the second takes the
-    columns and rows of the entries outside them. The cheapest of a few limits says what is crowded.
+    are exactly those parts of it, transposed. Salience forms lines: the entries that matter lie in few
+    columns (input features) and rows (outputs). The first product takes crowded columns whole, the second the
+    columns and rows of the entries outside them. What counts as crowded is the cheapest of a few LIMITS.
     Returns places (k,), where the entries stand in the two products, laid flat one after the other; columns,
     the crowded ones and then the others; how many are crowded; rows.
     """
@@ -399,8 +401,8 @@ def cover(index, n_rows, n_columns):
         _, crowded, others, rows = parts
         if len(crowded) == n_columns:
             return n_rows * n_columns  # the dense product copies nothing
-        # Counted in entries, as measured on a CPU: to read all of dy costs as much as 16 columns, to copy a line
-        # of x or dy as much as 64 entries.
+        # Counted in entries, as measured on a CPU: reading all of dy costs as much as 16 columns, copying a
+        # line of x or dy as much as 64 entries.
         whole = n_rows * (len(crowded) + 16) if len(crowded) else 0
         return whole + len(others) * len(rows) + 64 * (len(crowded) + len(others) + len(rows))
 
@@ -411,18 +413,18 @@ def cover(index, n_rows, n_columns):
     return places, torch.cat((crowded, others)), len(crowded), rows
 
 
-LIMITS = (0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, math.inf)  # kept share of a crowded column; 0: all, inf: none
+LIMITS = (0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, math.inf)  # a crowded column's share of kept entries
 
 
 class _SparseGradient(torch.autograd.Function):
-    """y = x Wᵀ + b for x (..., in); of the gradient of W only what `cover` planned is formed, for delta."""
+    """y = x Wᵀ + b for x (N, in); of the gradient of W only what `cover` planned is formed, for delta."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, delta, places, columns, n_crowded, rows):
         # A copy of a few columns, and x can go. Of more columns x is the smaller thing to keep, since often
         # two or three layers read the same x. Where all are crowded they stand in order, and need no copy.
-        ctx.n_crowded, ctx.copied = n_crowded, 2 * len(columns) < x.size(-1)
-        kept = x.index_select(-1, columns) if ctx.copied else x
+        ctx.n_crowded, ctx.copied = n_crowded, 2 * len(columns) < x.size(1)
+        kept = x.index_select(1, columns) if ctx.copied else x
         ctx.save_for_backward(kept, weight, places, columns, rows)
         return nn.functional.linear(x, weight, bias)
 
@@ -430,12 +432,11 @@ class _SparseGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         kept, weight, places, columns, rows = ctx.saved_tensors
-        x = kept if ctx.copied or ctx.n_crowded == kept.size(-1) else kept.index_select(-1, columns)
+        x = kept if ctx.copied or ctx.n_crowded == kept.size(1) else kept.index_select(1, columns)
         # Under autocast dy is narrower than the weight and x.
         dx = dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
-        x, dy = x.to(dy.dtype).reshape(-1, x.size(-1)), dy.reshape(-1, dy.size(-1))
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
-        crowded, others = x.tensor_split((ctx.n_crowded,), dim=1)
+        crowded, others = x.to(dy.dtype).tensor_split((ctx.n_crowded,), dim=1)
         sizes = crowded.size(1) * dy.size(1), others.size(1) * len(rows)
         products = dy.new_empty(sum(sizes))
         first, second = products.split(sizes)
