@@ -36,7 +36,7 @@ def salience(model, metric, batches, loss_fn, layers=None):
     if not modules:
         raise ValueError("no linear layer to score: none matches `layers`, or every weight is shared")
     batches = list(batches or ())
-    if metric not in DATA_FREE and _count(batches) == 0:
+    if metric not in DATA_FREE and not any(len(batch[0]) for batch in batches):
         raise ValueError(f"metric {metric!r} needs data, and `batches` is empty")
     for _, module in _sparse_layers(model):
         module.sync()
@@ -95,10 +95,6 @@ def _in_range(scores, power=1):
     return {name: score.double() * scale for name, score in scores.items()}
 
 
-def _count(batches):
-    return sum(len(batch[0]) for batch in batches)
-
-
 def mean_gradient(model, weights, batches, loss_fn, power=1):
     """{weight: g}, the gradient of the mean loss over all samples, from one backward pass a batch.
 
@@ -106,7 +102,7 @@ def mean_gradient(model, weights, batches, loss_fn, power=1):
     as it has been produced: memory holds one layer's at a time.
     """
     mean = {w: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float)) for w in weights.values()}
-    share = 1 / _count(batches)
+    share = 1 / sum(len(batch[0]) for batch in batches)
 
     def consume(weight):
         mean[weight].add_(weight.grad.to(mean[weight]) ** power, alpha=share)
@@ -244,7 +240,9 @@ class _Linearised(torch.overrides.TorchFunctionMode):
             return given[0] * self.absolute(gain) if isinstance(gain, torch.Tensor) else given[0]
         if name in self.PRODUCTS and all(isinstance(factor, torch.Tensor) for factor in given):
             a, b = (self.absolute(factor) if isinstance(factor, nn.Parameter) else factor for factor in given)
-            return (a * b).clamp(min=1e-300).sqrt() if a.requires_grad and b.requires_grad else a * b
+            if a.requires_grad and b.requires_grad:  # the roots first: the product may overflow
+                a, b = a.clamp(min=1e-300).sqrt(), b.clamp(min=1e-300).sqrt()
+            return a * b
         return func(*args, **kwargs)
 
 
