@@ -36,12 +36,13 @@ def salience(model, metric, batches, loss_fn, layers=None):
     if not modules:
         raise ValueError("no linear layer to score: none matches `layers`, or every weight is shared")
     batches = list(batches or ())
-    if metric not in DATA_FREE and not any(len(batch[0]) for batch in batches):
+    if metric not in ("random", "magnitude") and not any(len(batch[0]) for batch in batches):
         raise ValueError(f"metric {metric!r} needs data, and `batches` is empty")
     for _, module in _sparse_layers(model):
         module.sync()
     weights = {name: module.weight for name, module in modules.items()}
-    random_state = contextlib.nullcontext() if metric == "random" else torch.random.fork_rng()
+    gpus = {weight.device for weight in weights.values() if weight.is_cuda}
+    random_state = contextlib.nullcontext() if metric == "random" else torch.random.fork_rng(gpus)
     with random_state, torch.enable_grad(), _left_as_found(model):
         for weight in weights.values():
             weight.requires_grad_(True)
@@ -98,8 +99,8 @@ def _in_range(scores, power=1):
 def mean_gradient(model, weights, batches, loss_fn, power=1):
     """{weight: g}, the gradient of the mean loss over all samples, from one backward pass a batch.
 
-    With a power, the mean of the batches' gradients to that power. Every gradient is used and freed as soon
-    as it has been produced: memory holds one layer's at a time.
+    With a power, the mean of the samples' gradients to that power, where every batch is one sample. A
+    gradient is used and freed as soon as it has been produced: memory holds one layer's at a time.
     """
     mean = {w: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float)) for w in weights.values()}
     share = 1 / sum(len(batch[0]) for batch in batches)
@@ -247,7 +248,6 @@ class _Linearised(torch.overrides.TorchFunctionMode):
 
 
 METRICS = {f.__name__: f for f in (random, magnitude, grad, snip, force, taylor, synflow, grasp, fisher)}
-DATA_FREE = ("random", "magnitude")  # all others need batches, SynFlow for the input's shape
 
 # ----------------------------------------------------------------------------------------------------------
 # 2. Masks: which entries to train
@@ -328,7 +328,7 @@ class SparseLinear(nn.Linear):
         self.carried = torch.zeros_like(self.original, dtype=torch.float32)
         self.carried[torch.searchsorted(self.known, before)] = total
         self.delta = nn.Parameter(torch.zeros_like(self.index, dtype=torch.float32))
-        self.covered = None
+        self.planned = None
         self.sync()
 
     def total(self):
@@ -337,7 +337,8 @@ class SparseLinear(nn.Linear):
 
     def sync(self):
         """Make the weight right, however `delta` was changed: m entries, cheap at every forward pass."""
-        # Through .data: a backward pass that is still to come saw the same values, so autograd need not know.
+        # Through .data, so that autograd takes no notice: delta is not to change between a forward pass and
+        # its backward pass.
         values = (self.original + self.total()).to(self.weight.dtype)  # the sum in float32 or wider
         self.weight.data.put_(self.known, values)
 
@@ -347,19 +348,19 @@ class SparseLinear(nn.Linear):
         if self.weight.requires_grad or not trained:  # being scored, or frozen
             return nn.functional.linear(x, self.weight, self.bias)
         x_rows = x.reshape(-1, self.in_features)
-        y = _SparseGradient.apply(x_rows, self.weight, self.bias, self.delta, *self.cover())
+        y = _SparseGradient.apply(x_rows, self.weight, self.bias, self.delta, *self.plan())
         return y.view(*x.shape[:-1], self.out_features)
 
-    def cover(self):
-        """`cover` of the mask, planned again only when `index` has changed, be it in place (a state dict)."""
-        mask = self.index, self.index._version
-        if self.covered is None or self.covered[0] is not mask[0] or self.covered[1] != mask[1]:
-            self.covered = *mask, cover(self.index, *self.weight.shape)
-        return self.covered[2]
+    def plan(self):
+        """`cover` of the mask, found again only if `index` has changed, be it in place (by a state dict)."""
+        mask, version = self.index, self.index._version
+        if self.planned is None or self.planned[0] is not mask or self.planned[1] != version:
+            self.planned = mask, version, cover(mask, *self.weight.shape)
+        return self.planned[2]
 
     def plain(self):
         """Become an nn.Linear again, with the weight as it stands."""
-        for name in ("delta", "covered", *self.BUFFERS):
+        for name in ("delta", "planned", *self.BUFFERS):
             delattr(self, name)
         self.__class__ = nn.Linear
 
@@ -373,6 +374,10 @@ class SparseLinear(nn.Linear):
         super()._apply(lambda t: t.to(fn(t).device) if any(t is e for e in exact) else fn(t), recurse)
         self.sync()  # round the sum, not the rounded sum
         return self
+
+
+# A column is crowded if this share of it is kept. 0: every column is, the dense product; inf: none is.
+LIMITS = (0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, math.inf)
 
 
 def cover(index, n_rows, n_columns):
@@ -411,16 +416,12 @@ def cover(index, n_rows, n_columns):
     return places, torch.cat((crowded, others)), len(crowded), rows
 
 
-LIMITS = (0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, math.inf)  # a crowded column's share of kept entries
-
-
 class _SparseGradient(torch.autograd.Function):
     """y = x Wᵀ + b for x (N, in); of the gradient of W only what `cover` planned is formed, for delta."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, delta, places, columns, n_crowded, rows):
-        # A copy of a few columns, and x can go. Of more columns x is the smaller thing to keep, since often
-        # two or three layers read the same x. Where all are crowded they stand in order, and need no copy.
+        # Keep a copy of few columns, or else x itself, which other layers may keep as well.
         ctx.n_crowded, ctx.copied = n_crowded, 2 * len(columns) < x.size(1)
         kept = x.index_select(1, columns) if ctx.copied else x
         ctx.save_for_backward(kept, weight, places, columns, rows)
@@ -430,6 +431,7 @@ class _SparseGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         kept, weight, places, columns, rows = ctx.saved_tensors
+        # Where all columns are crowded, they stand in order and need no copy.
         x = kept if ctx.copied or ctx.n_crowded == kept.size(1) else kept.index_select(1, columns)
         # Under autocast dy is narrower than the weight and x.
         dx = dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
@@ -446,7 +448,9 @@ class _SparseGradient(torch.autograd.Function):
 def sparsify(model, indices):
     """Make the named linear layers SparseLinears in place and freeze everything else; returns the deltas.
 
-    Deltas of an empty mask are left out.
+    Deltas of an empty mask are left out. The layers have to be called as modules: a parent that reads
+    `layer.weight` itself, as nn.TransformerEncoderLayer's fast path does, gets the weight of the last forward
+    pass, and trains nothing.
 
     indices: {module name: sorted flat indices (k,)}, as `select` returns it.
     Raises ValueError, before anything is changed, for a name or an index that does not fit.
@@ -520,7 +524,7 @@ def load_adapter(model, state):
 
 
 def merge(model):
-    """Turn every SparseLinear into a plain nn.Linear with the corrected weight; returns the model."""
+    """Make every SparseLinear an nn.Linear again, with the corrected weight, still frozen; returns the model."""
     for _, module in _sparse_layers(model):
         module.sync()
         module.plain()

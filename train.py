@@ -48,7 +48,7 @@ FLAGS = {  # name: (default, the values allowed, help)
     "dtype": ("float32", ["float32", "bfloat16"], "type of the weights; corrections are always float32"),
     "prompt": ("", None, "text for the samples to continue, instead of a held-out example's beginning"),
     "out": ("out", None, "folder for the results"),
-    "merge": ("", None, "folder for the whole fine-tuned model; --method full has it in --out by default"),
+    "merge": ("", None, "folder for the whole model after training; --method full: float16, default --out"),
     "checkpoint-every": (0, NOT_NEGATIVE, "steps between checkpoints in --out; 0: only when stopped"),
     "resume": (False, None, "go on from the checkpoint in --out"),
 }
@@ -156,10 +156,11 @@ def show_progress(row, steps):
 def run(args, adapt, stop):
     """Load, evaluate, train, evaluate, save; returns what result.json holds."""
     start = time.time()
-    out, merged = (data.check_folder(folder or args.out) for folder in (args.out, args.merge))
+    out, merged = (data.check_folder(folder) for folder in (args.out, args.merge or args.out))
     torch.manual_seed(args.seed)
     model = GPT.from_pretrained(args.model, getattr(torch, args.dtype)).to(args.device)
     tokenizer = data.load_tokenizer(args.model)
+    # These and args.corpus become settings that --resume compares.
     args.base, args.total = model.fingerprint(), sum(parameter.numel() for parameter in model.parameters())
     if args.adapter:
         speft.load_adapter(model, data.read_adapter(args.adapter, args.base))
@@ -171,7 +172,7 @@ def run(args, adapt, stop):
     saved = data.read_progress(args) if args.resume else None
     if args.resume:
         print(f"{out}: going on after step {len(saved['log']) if saved else 0}")
-    if saved and saved["result"]:
+    if saved and "result" in saved:
         return saved["result"]
     result = dict(vars(args))
     print(f"{args.model}: {args.total:,} weights; {len(train):,} examples ({train.too_long} were too long)")
@@ -192,7 +193,7 @@ def run(args, adapt, stop):
         print(f"sample {when}: {tokenizer.decode(words)!r}", flush=True)
 
     report("before", "val", "source")
-    params = {"none": [], "full": list(model.parameters()), "sparse": None}[args.method]
+    params = list(speft.merge(model).requires_grad_().parameters()) if args.method == "full" else None
     if adapt is not None:
         params = adapt(model, train.draw(0, args.score_examples, args.seed + 1, args.batch_size))
     log, params = fit(model, params, train, held_out["val"], args, stop, saved)

@@ -56,7 +56,7 @@ def read_tensors(path):
     if hashlib.sha256(content).digest() != digest:
         raise InputError(f"{path} is damaged: its checksum does not fit")
     try:
-        return torch.load(io.BytesIO(content), weights_only=True)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch stumbles over in a file made to deceive
         raise InputError(f"{path} cannot be read: {str(error):.200}") from None
 
@@ -66,7 +66,7 @@ def write_adapter(args, learned):
 
     Its indices are int32 where they fit, so that an entry takes 8 bytes.
     """
-    small = {name: (index.int() if math.prod(shape) < 2**31 else index, values, shape)
+    small = {name: ((index.int() if math.prod(shape) < 2**31 else index).cpu(), values.cpu(), shape)
              for name, (index, values, shape) in learned.items()}  # fmt: skip
     saved = {"adapter": small, "base": args.base, "settings": vars(args)}
     write_tensors(Path(args.out) / "adapter.pt", saved)
@@ -79,10 +79,9 @@ def read_adapter(path, base):
     """
     saved = read_tensors(path)
     try:
-        pairs = {name: (index.cpu(), values.cpu(), tuple(shape))
-                 for name, (index, values, shape) in saved["adapter"].items()}  # fmt: skip
+        adapter = {name: (i.cpu(), v.cpu(), tuple(shape)) for name, (i, v, shape) in saved["adapter"].items()}
         if saved["base"] == base:
-            return pairs
+            return adapter
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(f"{path} holds no adapter") from None
     raise InputError(f"{path} was trained on another base: {saved['base']!r:.100}, not {base}")
@@ -90,10 +89,10 @@ def read_adapter(path, base):
 
 def write_progress(args, log, masks, params, optimizer):
     """Write a checkpoint into the folder args.out: two files take turns, so that the one before stays."""
-    values = [parameter.detach() for parameter in params]
-    progress = {"settings": vars(args), "log": log, "masks": masks, "values": values, "result": None}
-    turn = len(log) // max(1, args.checkpoint_every) % 2
-    write_tensors(Path(args.out) / f"checkpoint-{turn}.pt", progress | {"optimizer": optimizer.state_dict()})
+    progress = {"settings": vars(args), "log": log, "masks": masks, "values": [p.detach() for p in params]}
+    paths = [Path(args.out) / f"checkpoint-{turn}.pt" for turn in (0, 1)]
+    older = min(paths, key=lambda path: path.stat().st_mtime_ns if path.exists() else 0)
+    write_tensors(older, progress | {"optimizer": optimizer.state_dict()})
 
 
 def read_progress(args):
@@ -103,10 +102,11 @@ def read_progress(args):
     checkpoints are of other settings.
     """
     folder, found, different = Path(args.out), [], []
-    own = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "checkpoint_every", "merge")}
+    after = {"merge": args.merge, "prompt": args.prompt}  # concern only what comes after the training
+    own = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "checkpoint_every", *after)}
     if (folder / "result.json").exists():
         result = read_json(folder / "result.json")
-        if result.items() >= (own | {"steps_done": args.steps}).items():
+        if result.items() >= (own | after | {"steps_done": args.steps}).items():
             return {"log": [None] * args.steps, "result": result}
     for path in folder.glob("checkpoint-*.pt"):
         try:

@@ -65,6 +65,18 @@ def test_an_interrupted_study_goes_on_and_its_table_holds_only_what_is_complete(
     assert len(lines) == 5 and "failed" in json.loads(lines[2])
 
 
+def test_a_seed_that_diverges_is_counted_and_named(tmp_path, monkeypatch, capsys):
+    def loss(rate, seed):
+        return None if seed == 2 else abs(rate - 0.01) + seed / 10
+
+    chosen = compare.sparse("random")
+    Study(monkeypatch, tmp_path, loss)
+    compare.complete(compare.Results("prose"), (0, 1, 2), chosen)
+    (summary,) = compare.summaries(compare.Results("prose"))
+    assert summary["test_after"] == pytest.approx((1.05, 0.05))
+    assert "(1 seeds diverged)" in compare.table_lines([summary])[-1]
+
+
 @pytest.mark.parametrize("name", compare.STUDIES)
 def test_every_cell_is_a_command_that_train_accepts(name):
     import train

@@ -67,7 +67,7 @@ def test_the_covered_gradient_is_the_dense_one(kind):
         layer(x).backward(dy)
         want = (dy.double().T @ x.double()).view(-1)[index]
         assert (layer.delta.grad - want).norm() <= 1e-5 * want.norm()
-        share = formed(layer.cover(), shape[0]) / layer.weight.numel()
+        share = formed(layer.plan(), shape[0]) / layer.weight.numel()
         dense, sparse = dense + (share == 1), sparse + (share < 0.5)
     # Which way was taken: small layers are dense soon.
     assert dense > 200 if kind in ("random", "full") else sparse > 100
@@ -117,7 +117,7 @@ def test_the_cover_is_the_cheapest_of_crowded_columns_and_a_rectangle(kind, shap
 
 def saved_for_backward(layer, x):
     """The shapes of what autograd keeps, besides the layer's own tensors and plan."""
-    places, columns, _, rows = layer.cover()
+    places, columns, _, rows = layer.plan()
     own = {t.data_ptr() for t in (*layer.parameters(), *layer.buffers(), places, columns, rows)}
     kept = []
 

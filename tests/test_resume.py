@@ -110,6 +110,30 @@ def test_without_a_checkpoint_a_run_starts_anew_and_a_finished_one_stays(tmp_pat
     assert result["steps_done"] == 8
 
 
+def test_what_comes_after_the_training_may_be_asked_for_later(tmp_path, capsys):
+    whole = run(tmp_path / "out", "--checkpoint-every", 3)
+    capsys.readouterr()
+    flags = "--resume", "--merge", tmp_path / "merged", "--prompt", "import"
+    assert run(tmp_path / "out", *flags)["val_after"] == whole["val_after"]
+    printed = capsys.readouterr().out
+    assert "going on after step 6" in printed and "sample after: '<|endoftext|>import" in printed
+    assert GPT.from_pretrained(tmp_path / "merged").config == GPT.from_pretrained("base").config
+    assert learned(tmp_path / "out")
+
+
+def test_a_checkpoint_takes_the_place_of_the_older_one(tmp_path, monkeypatch):
+    kept = []
+    for step in (2, 4, 5, 7):  # stopped at irregular steps
+        with monkeypatch.context() as patched:
+            stop_after(patched, step)
+            with pytest.raises(SystemExit):
+                run(tmp_path, "--resume")
+        (tmp_path / "result.json").unlink()
+        logs = [len(files.read_tensors(path)["log"]) for path in tmp_path.glob("checkpoint-*.pt")]
+        kept.append(sorted(logs))
+    assert kept == [[2], [2, 4], [4, 5], [5, 7]]
+
+
 @pytest.mark.parametrize("flags", ("--lr 1e-3", "--steps 9", "--data stdlib"))
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch, capsys, flags):
     with monkeypatch.context() as patched:

@@ -1008,6 +1008,19 @@ def test_the_model_is_left_as_found(metric, grad_mode):
             assert_as_found(model, before, metric)
 
 
+@pytest.mark.parametrize("metric", ("grad", "snip", "force", "taylor", "fisher"))
+def test_memory_holds_one_layers_gradient_at_a_time(metric):
+    model, batches = make_gpt("llama", n_layer=3)
+    held = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: held.append(sum(other.grad is not None for other in model.parameters()))
+        )
+    scores = speft.salience(model, metric, batches, GPT.sample_losses)
+    passes = sum(len(batch[0]) for batch in batches) if metric == "fisher" else len(batches)
+    assert held == [1] * len(scores) * passes
+
+
 @pytest.mark.parametrize("in_place", (True, False))
 @pytest.mark.parametrize("metric", DETERMINISTIC)
 def test_buffers_that_a_forward_pass_changes_are_restored(metric, in_place):

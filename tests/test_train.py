@@ -112,6 +112,22 @@ def test_full_fine_tuning_writes_a_model_that_loads(tmp_path):
     assert again["val_before"] == pytest.approx(result["val_after"], abs=0.01)
 
 
+def test_full_fine_tuning_from_an_adapter_trains_every_weight(tmp_path):
+    run(tmp_path / "sparse")
+    start = load(tmp_path / "sparse").state_dict()
+    adapter = ["--adapter", tmp_path / "sparse" / "adapter.pt"]
+    result = run(tmp_path / "full", "--method", "full", "--lr", 1e-3, "--steps", 1, *adapter)
+    assert result["trained"] == result["total"]
+    tuned = GPT.from_pretrained(tmp_path / "full").state_dict()
+    for name, weight in tuned.items():
+        moved = (weight - start[name]).abs()
+        assert (moved <= 1.01e-3 + 1e-3 * start[name].abs()).all(), name  # the rate, and float16's rounding
+        # One step of Adam moves every weight that has a gradient by the rate. Most embeddings have none, and a
+        # key's bias never does: it adds the same to all scores of a query.
+        if not name.endswith("attn.k.bias"):
+            assert (moved > 5e-4).float().mean() > (0.5 if "blocks" in name else 0.01), name
+
+
 def test_a_model_from_scratch_knows_nothing(tmp_path):
     result = run(tmp_path, "--method", "full", "--model", "scratch", "--steps", 1)
     assert result["val_before"] == pytest.approx(torch.log(torch.tensor(4096.0)).item(), abs=0.3)

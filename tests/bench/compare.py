@@ -7,7 +7,8 @@
 Every cell is a fresh process of one thread, from the same base and in the same data order, whose result is
 a line of data/results/STUDY.jsonl. Cells that are there already are skipped, so an interrupted study goes on.
 A row of the table is one setting: its learning rate is the one of the lowest validation loss on seed 0, on a
-grid that grows until the best rate is inside it; the other seeds then run at that rate.
+grid that grows until the best rate is inside it; the other seeds then run at that rate. A few settings are also
+swept over the rates that the paper tried.
 """
 
 import argparse
@@ -95,6 +96,9 @@ STUDIES = {  # name: (train.py's flags, seeds, settings, the most urgent first)
     ),
 }
 
+SWEPT = [sparse("grad"), sparse("random"), setting("lora")]  # over rates about the paper's 5e-5 to 5e-4
+SWEEP = ("1e-4", "3e-4", "1e-3")
+
 # --- one cell ---
 
 
@@ -136,8 +140,9 @@ def child(study, cell, out):
 def run_cell(study, cell):
     """Run a cell in a fresh process of one thread; a run whose loss diverges has no losses but a reason."""
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["preload"])  # the corpora are read only once
+    # Forked cells read the corpora only once; but a fork cannot use CUDA.
+    processes = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    processes.set_forkserver_preload(["preload"])
     with tempfile.TemporaryDirectory() as out:
         process = processes.Process(target=child, args=(study, cell, out))
         process.start()
@@ -219,9 +224,11 @@ def summaries(results):
         best = min(tried, key=lambda row: row["val_after"])
         rates = {row["lr"] for row in results.find(chosen | {"seed": 0})}
         rows = results.find(chosen | {"lr": best["lr"]})
+        diverged = [row for row in rows if "val_after" not in row]
         if len(rows) < len(seeds) or not min(rates) < best["lr"] < max(rates):
             continue
-        summary = chosen | {"trained": best["trained"], "lr": best["lr"], "seeds": len(rows)}
+        summary = chosen | {"trained": best["trained"], "lr": best["lr"], "diverged": len(diverged)}
+        rows = [row for row in rows if row not in diverged]
         for row in rows:
             row["forgetting"] = row["source_after"] - row["source_before"]
             row["strict"] = row["exact_match_after"]["strict"] if "exact_match_after" in row else None
@@ -245,6 +252,8 @@ def name_of(summary):
     if summary["method"] == "sparse":
         metric = "snip = taylor" if summary["metric"] == "snip" else summary["metric"]
         parts = [metric, summary["scope"], summary["mask"]]
+    if summary["diverged"]:
+        parts.append(f"({summary['diverged']} seeds diverged)")
     return " ".join([*parts, summary["flags"]]).strip()
 
 
@@ -279,7 +288,9 @@ def main():
         return
     _, seeds, settings = STUDIES[args.study]
     if args.jobs:
+        swept = [chosen | {"seed": 0, "lr": rate} for chosen in SWEPT if chosen in settings for rate in SWEEP]
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(results.get, swept))
             list(pool.map(functools.partial(complete, results, seeds), settings))
     print("\n".join(table_lines(summaries(results))))
 

@@ -49,9 +49,12 @@ def start(kind, out):
 
 
 def processes():
-    """Processes forked from one that has imported torch and read the corpora: they start in no time."""
+    """Processes forked from one that has imported torch and read the corpora: they start in no time.
+
+    Where there is a CUDA device they start anew, since a fork cannot use it.
+    """
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     context.set_forkserver_preload(["preload"])
     return context
 

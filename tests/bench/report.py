@@ -44,7 +44,17 @@ def step_table():
     return lines
 
 
-TABLES = {"prose": prose_table, "step": step_table}
+def score_table():
+    """The scoring benchmark's rows."""
+    lines = ["| metric | s | × the backward pass | peak above the model, MB |", "| --- | ---: | ---: | ---: |"]
+    for line in (RESULTS / "score.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        above = (row["peak_memory_bytes"] - row["loaded_bytes"]) / 1e6
+        lines.append(f"| {row['metric']} | {row['seconds']:.1f} | {row['ratio']:.2f} | {above:,.0f} |")
+    return lines
+
+
+TABLES = {"prose": prose_table, "step": step_table, "score": score_table}
 
 
 def with_tables(readme):

@@ -109,7 +109,7 @@ def gather(model, indices, density):
         n_rows, n_columns = layer.weight.shape
         places = layer.index % n_columns * n_rows + layer.index // n_columns  # in the whole of xᵀ dy
         columns = torch.arange(n_columns, device=places.device)
-        layer.covered = layer.index, layer.index._version, (places, columns, n_columns, columns[:0])
+        layer.planned = layer.index, layer.index._version, (places, columns, n_columns, columns[:0])
     return deltas
 
 
@@ -159,7 +159,7 @@ def saved_bytes(model, batch):
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     for layer in model.modules():
         if isinstance(layer, speft.SparseLinear) and len(layer.delta):
-            places, columns, _, rows = layer.cover()
+            places, columns, _, rows = layer.plan()
             own |= {t.untyped_storage().data_ptr() for t in (places, columns, rows)}
     kept = {}
 
