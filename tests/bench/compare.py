@@ -74,14 +74,15 @@ STUDIES = {  # name: (train.py's flags, seeds, settings, the most urgent first)
             + [sparse("random", density=d) for d in (0.001, 0.003, 0.03)]
             + [setting("grad moved lines"), setting("grad moved entries")]
             + [sparse(metric, "global", "dynamic") for metric in METRICS]
-            + [setting("grad after a warm-up"), sparse("grad", flags="--score-examples 512")]
+            + [sparse("grad", flags="--steps 240"), sparse("random", flags="--steps 240")]
+            + [setting("lora", flags="--steps 240"), setting("grad after a warm-up")]
             + [sparse("grad", "local", "dynamic"), sparse("random", "local", "dynamic")]
+            + [sparse("grad", flags="--score-examples 512")]
             + [sparse("grad", flags=f"--layers {kind}") for kind in ("attn", "mlp")]
-            + [sparse("grad", flags=f"--steps {n}") for n in (240, 15)]
-            + [sparse("random", flags=f"--steps {n}") for n in (240, 15)]
-            + [setting("lora", flags=f"--steps {n}") for n in (240, 15)]
-            + [setting("full", None, flags=f"--steps {n}") for n in (240, 15)]
             + [sparse(metric, "local", "dynamic") for metric in METRICS]
+            + [setting("full", None, flags="--steps 240"), sparse("grad", "local", flags="--steps 240")]
+            + [sparse("grad", flags="--steps 15"), sparse("random", flags="--steps 15")]
+            + [setting("lora", flags="--steps 15"), setting("full", None, flags="--steps 15")]
             + [sparse("grad", flags="--score-examples 8")]
         ),
     ),
@@ -252,7 +253,7 @@ def name_of(summary):
     if summary["method"] == "sparse":
         metric = "snip = taylor" if summary["metric"] == "snip" else summary["metric"]
         parts = [metric, summary["scope"], summary["mask"]]
-    if summary["diverged"]:
+    if summary.get("diverged"):
         parts.append(f"({summary['diverged']} seeds diverged)")
     return " ".join([*parts, summary["flags"]]).strip()
 

@@ -26,6 +26,20 @@ def prose_table():
     return compare.table_lines(compare.summaries(compare.Results("prose")))
 
 
+def rates_table():
+    """Validation loss on seed 0 by learning rate, of the settings that were swept and of those like them."""
+    results = compare.Results("prose")
+    rates = [float(rate) for rate in compare.RATES if 1e-4 <= float(rate) <= 0.1]
+    lines = ["| learning rate | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
+    lines.append("| --- |" + " ---: |" * len(rates))
+    for chosen in (*compare.SWEPT, compare.setting("full", None)):
+        losses = {row["lr"]: row.get("val_after") for row in results.find(chosen | {"seed": 0})}
+        said = {rate: "diverged" if loss is None else f"{loss:.3f}" for rate, loss in losses.items()}
+        cells = [said.get(rate, "") for rate in rates]
+        lines.append(f"| {compare.name_of(chosen)} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def step_table():
     """The step benchmark's rows, a density and mask after the other."""
     lines = [
@@ -54,7 +68,7 @@ def score_table():
     return lines
 
 
-TABLES = {"prose": prose_table, "step": step_table, "score": score_table}
+TABLES = {"prose": prose_table, "rates": rates_table, "step": step_table, "score": score_table}
 
 
 def with_tables(readme):
