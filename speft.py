@@ -524,7 +524,7 @@ def load_adapter(model, state):
 
 
 def merge(model):
-    """Make every SparseLinear an nn.Linear again, with the corrected weight, still frozen; returns the model."""
+    """Turn every SparseLinear into an nn.Linear with the corrected weight, still frozen; return the model."""
     for _, module in _sparse_layers(model):
         module.sync()
         module.plain()

@@ -48,7 +48,7 @@ FLAGS = {  # name: (default, the values allowed, help)
     "dtype": ("float32", ["float32", "bfloat16"], "type of the weights; corrections are always float32"),
     "prompt": ("", None, "text for the samples to continue, instead of a held-out example's beginning"),
     "out": ("out", None, "folder for the results"),
-    "merge": ("", None, "folder for the whole model after training; --method full: float16, default --out"),
+    "merge": ("", None, "folder for the whole model; --method full: in float16, by default in --out"),
     "checkpoint-every": (0, NOT_NEGATIVE, "steps between checkpoints in --out; 0: only when stopped"),
     "resume": (False, None, "go on from the checkpoint in --out"),
 }

@@ -151,17 +151,16 @@ def test_two_micro_steps_are_one_step_with_completions_of_unequal_length(tmp_pat
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     saved, losses = [], []
-    for size, count in ((8, 1), (4, 2), (2, 4)):
+    for size, count in ((8, 1), (2, 4)):
         out = tmp_path / str(size)
         run(out, "--data", path, "--batch-size", size, "--accumulate", count, "--score-examples", 16)
         saved.append(torch.load(out / "adapter.pt", weights_only=True)["adapter"])
         losses.append([row["loss"] for row in read_log(out)])
-    for other, loss in zip(saved[1:], losses[1:]):
-        assert loss == pytest.approx(losses[0], abs=1e-4)
-        for name, (index, values, _) in saved[0].items():
-            assert torch.equal(other[name][0], index)
-            # Adam's first steps have the size of the rate, whatever the gradient's: rounding shows.
-            assert (other[name][1] - values).norm() <= 0.02 * values.norm()
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    for name, (index, values, _) in saved[0].items():
+        assert torch.equal(saved[1][name][0], index)
+        # Adam's first steps have the size of the rate, whatever the gradient's: rounding shows.
+        assert (saved[1][name][1] - values).norm() <= 0.02 * values.norm()
     assert losses[0] != losses[1]  # the sums are really taken in another order
 
 
