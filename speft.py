@@ -340,7 +340,7 @@ class SparseLinear(nn.Linear):
         # Through .data, so that autograd takes no notice: delta is not to change between a forward pass and
         # its backward pass.
         values = (self.original + self.total()).to(self.weight.dtype)  # the sum in float32 or wider
-        self.weight.data.put_(self.known, values)
+        self.weight.data.view(-1).scatter_(0, self.known, values)
 
     def forward(self, x):
         self.sync()
@@ -442,7 +442,7 @@ class _SparseGradient(torch.autograd.Function):
         first, second = products.split(sizes)
         torch.mm(crowded.T, dy, out=first.view(crowded.size(1), dy.size(1)))
         torch.mm(others.T, dy.index_select(1, rows), out=second.view(others.size(1), len(rows)))
-        return dx, None, dbias, products[places].float(), None, None, None, None
+        return dx, None, dbias, products.index_select(0, places).float(), None, None, None, None
 
 
 def sparsify(model, indices):

@@ -59,3 +59,27 @@ def test_ranks_come_as_near_to_the_density_as_whole_ranks_allow(density):
     assert min(chosen.values()) >= 1
     assert abs(trained - wanted) <= max(sizes.values()) / 2 or trained == lowest > wanted
     assert trained == sum(p.numel() for p in baselines.lora(tiny(), None, density))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_layers_rates_are_relative_to_their_weights(seed):
+    torch.manual_seed(seed)
+    base, batch = tiny(), (torch.randint(40, (2, 12)), torch.randint(40, (2, 12)))
+    for layer in speft.linear_layers(base).values():
+        layer.weight.data *= 0.1 + torch.rand(())
+    plain, scaled = copy.deepcopy(base), copy.deepcopy(base)
+    indices = baselines.gradient_mask(plain, [batch], 0.1)
+    deltas, stand_ins = speft.sparsify(plain, indices), baselines.relative(scaled, [batch], 0.1)
+    trained = {id(p) for p in scaled.parameters() if p.requires_grad and len(p)}
+    assert trained == {id(p) for p in stand_ins}
+    for model, parameters in ((plain, deltas), (scaled, stand_ins)):
+        # Without its history AdamW moves every entry by the rate.
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, eps=0.0, weight_decay=0.0)
+        model.sample_losses(batch).mean().backward()
+        optimizer.step()
+        model(batch[0])  # the weights follow
+    sizes = {name: layer.weight.pow(2).mean().sqrt() for name, layer in speft.linear_layers(base).items()}
+    mean = sum(sizes.values()) / len(sizes)
+    for name, index in indices.items():
+        before, once, other = (m.get_submodule(name).weight.data.view(-1)[index] for m in (base, plain, scaled))
+        torch.testing.assert_close(other - before, (once - before) * sizes[name] / mean, rtol=1e-3, atol=1e-7)

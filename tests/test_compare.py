@@ -49,7 +49,7 @@ def test_an_interrupted_study_goes_on_and_its_table_holds_only_what_is_complete(
     def loss(rate, seed):
         return None if rate > 0.02 else abs(rate - 0.01) + seed / 10
 
-    chosen = compare.sparse("random")
+    chosen = compare.sparse("grad")
     study = Study(monkeypatch, tmp_path, loss)
     compare.tune(compare.Results("prose"), chosen)
     assert compare.summaries(compare.Results("prose")) == []

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -90,16 +91,20 @@ def adapt(model, batches, density, principal=False, scale=None, layers=None):
     return parameters
 
 
+def gradient_mask(model, batches, density):
+    """What `train.py --metric grad` would train: {layer: indices}."""
+    return speft.select(speft.salience(model, "grad", batches, GPT.sample_losses), density, "global")
+
+
 def moved(model, batches, density, lines):
     """Train the global gradient mask with its entries at random places of their layers: an ablation.
 
     lines: whole rows and columns change places, so that entries that shared one still do; otherwise every
     entry moves by itself, and only the layers' densities are still the gradient's. Returns the deltas.
     """
-    scores = speft.salience(model, "grad", batches, GPT.sample_losses)
-    indices = speft.select(scores, density, "global")
+    indices = gradient_mask(model, batches, density)
     for name, index in indices.items():
-        n_rows, n_columns = scores[name].shape
+        n_rows, n_columns = model.get_submodule(name).weight.shape
         if lines:
             rows, columns = torch.randperm(n_rows), torch.randperm(n_columns)
             places = rows[index // n_columns] * n_columns + columns[index % n_columns]
@@ -120,8 +125,35 @@ def warmed(model, batches, density):
         optimizer.zero_grad()
         copied.sample_losses(batch).mean().backward()
         optimizer.step()
-    scores = speft.salience(copied, "grad", batches, GPT.sample_losses)
-    return speft.sparsify(model, speft.select(scores, density, "global"))
+    return speft.sparsify(model, gradient_mask(copied, batches, density))
+
+
+class Scaled(nn.Module):
+    """delta = scale · what is trained: under Adam, a learning rate `scale` times as large."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, trained):
+        return self.scale * trained
+
+
+def relative(model, batches, density):
+    """Train the global gradient mask at a rate relative to the size of each layer's weights: an ablation.
+
+    A layer's rate is multiplied by the root mean square of its weights over the mean of that of all layers.
+    Returns what stands in for the deltas.
+    """
+    speft.sparsify(model, gradient_mask(model, batches, density))
+    layers = [layer for layer in model.modules() if isinstance(layer, speft.SparseLinear)]
+    sizes = torch.stack([layer.weight.data.float().square().mean().sqrt() for layer in layers])
+    parameters = []
+    for layer, scale in zip(layers, (sizes / sizes.mean()).tolist()):
+        if len(layer.delta):
+            parametrize.register_parametrization(layer, "delta", Scaled(scale))
+            parameters.append(layer.parametrizations.delta.original)
+    return parameters
 
 
 def merge(model):

@@ -33,13 +33,15 @@ import baselines  # noqa: E402
 import train  # noqa: E402
 
 RATES = [f"{digit}e{power}" for power in range(-6, 1) for digit in (1, 3)]
-START = {"lora": "1e-2", "pissa": "3e-3", "full": "3e-4"}  # the rate to try first; of all others 1e-2
+# The rate to try first, by method or metric; of all others 1e-2.
+START = {"pissa": "3e-3", "full": "3e-4", "random": "3e-2", "magnitude": "3e-2"}
 ADAPT = {  # method: what takes the place of scoring and masking
     "lora": baselines.lora,
     "pissa": baselines.pissa,
     "grad moved lines": functools.partial(baselines.moved, lines=True),
     "grad moved entries": functools.partial(baselines.moved, lines=False),
     "grad after a warm-up": baselines.warmed,
+    "grad at layers' rates": baselines.relative,
 }
 METRICS = ("grad", "snip", "force", "fisher", "grasp", "synflow", "magnitude", "random")  # taylor is snip
 SETTING = ("method", "metric", "scope", "mask", "density", "flags")  # what makes a row of the table
@@ -76,19 +78,16 @@ STUDIES = {  # name: (train.py's flags, seeds, settings, the most urgent first)
             + [sparse(metric, "global", "dynamic") for metric in METRICS]
             + [sparse("grad", flags="--steps 240"), sparse("random", flags="--steps 240")]
             + [setting("lora", flags="--steps 240"), setting("grad after a warm-up")]
-            + [sparse("grad", "local", "dynamic"), sparse("random", "local", "dynamic")]
-            + [sparse("grad", flags="--score-examples 512")]
-            + [sparse("grad", flags=f"--layers {kind}") for kind in ("attn", "mlp")]
             + [sparse(metric, "local", "dynamic") for metric in METRICS]
+            + [sparse("grad", flags="--score-examples 512"), sparse("grad", flags="--score-examples 8")]
+            + [setting("grad at layers' rates")]
+            + [sparse("grad", flags=f"--layers {kind}") for kind in ("attn", "mlp")]
             + [setting("full", None, flags="--steps 240"), sparse("grad", "local", flags="--steps 240")]
-            + [sparse("grad", flags="--steps 15"), sparse("random", flags="--steps 15")]
-            + [setting("lora", flags="--steps 15"), setting("full", None, flags="--steps 15")]
-            + [sparse("grad", flags="--score-examples 8")]
         ),
     ),
     "smollm2": (
-        "--model smollm2 --data gsm --steps 60 --batch-size 4 --seq-len 256 --score-examples 32 --refresh 20 "
-        "--eval-every 1000 --eval-examples 32",
+        "--model smollm2 --data gsm --steps 40 --batch-size 4 --seq-len 192 --score-examples 32 --refresh 20 "
+        "--eval-every 1000 --eval-examples 16",
         (0,),
         [sparse("grad", density=GSM), setting("lora", GSM), setting("full", None)]
         + [sparse(metric, density=GSM) for metric in ("snip", "random", "magnitude", "force", "fisher")]
@@ -198,7 +197,7 @@ def tune(results, chosen):
             losses[rate] = row.get("val_after", float("inf"))
         return losses[rate]
 
-    best = RATES.index(START.get(chosen["method"], "1e-2"))
+    best = RATES.index(START.get(chosen["metric"], START.get(chosen["method"], "1e-2")))
     while True:
         around = [best, *(rate for rate in (best - 1, best + 1) if 0 <= rate < len(RATES))]
         better = min(around, key=loss)
