@@ -81,5 +81,6 @@ def test_layers_rates_are_relative_to_their_weights(seed):
     sizes = {name: layer.weight.pow(2).mean().sqrt() for name, layer in speft.linear_layers(base).items()}
     mean = sum(sizes.values()) / len(sizes)
     for name, index in indices.items():
-        before, once, other = (m.get_submodule(name).weight.data.view(-1)[index] for m in (base, plain, scaled))
+        weights = (model.get_submodule(name).weight.data for model in (base, plain, scaled))
+        before, once, other = (weight.view(-1)[index] for weight in weights)
         torch.testing.assert_close(other - before, (once - before) * sizes[name] / mean, rtol=1e-3, atol=1e-7)

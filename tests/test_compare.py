@@ -69,12 +69,25 @@ def test_a_seed_that_diverges_is_counted_and_named(tmp_path, monkeypatch, capsys
     def loss(rate, seed):
         return None if seed == 2 else abs(rate - 0.01) + seed / 10
 
-    chosen = compare.sparse("random")
+    chosen = compare.sparse("grad")
     Study(monkeypatch, tmp_path, loss)
     compare.complete(compare.Results("prose"), (0, 1, 2), chosen)
     (summary,) = compare.summaries(compare.Results("prose"))
     assert summary["test_after"] == pytest.approx((1.05, 0.05))
     assert "(1 seeds diverged)" in compare.table_lines([summary])[-1]
+
+
+def test_a_single_seed_has_no_error_and_a_task_has_its_exact_match(tmp_path, monkeypatch, capsys):
+    study = Study(monkeypatch, tmp_path, lambda rate, seed: abs(rate - 3e-3))
+    run = study.run
+    strict = {"exact_match_after": {"strict": 0.125}}
+    monkeypatch.setattr(compare, "run_cell", lambda name, cell: run(name, cell) | strict)
+    results = compare.Results("smollm2")
+    compare.complete(results, (0,), compare.STUDIES["smollm2"][2][0])
+    header, _, line = compare.table_lines(compare.summaries(results))
+    told = dict(zip(header.strip("| ").split(" | "), line.strip("| ").split(" | ")))
+    assert told["exact match"] == "12.5%" and told["learning rate"] == "0.003"
+    assert told["test loss"] == "1.000" and told["forgetting"] == "2.000"
 
 
 @pytest.mark.parametrize("name", compare.STUDIES)

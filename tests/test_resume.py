@@ -83,7 +83,8 @@ def test_full_fine_tuning_and_baselines_resume_too(tmp_path, monkeypatch):
     for adapt, method in ((None, "full"), (biases, "sparse")):
         results = []
         for cut in (False, True):
-            argv = [*SMALL.split(), "--steps", "4", "--method", method, "--out", str(tmp_path / f"{method} {cut}")]
+            out = str(tmp_path / f"{method} {cut}")
+            argv = [*SMALL.split(), "--steps", "4", "--method", method, "--out", out]
             if cut:
                 with monkeypatch.context() as patched:
                     stop_after(patched, 2)

@@ -122,8 +122,8 @@ def test_full_fine_tuning_from_an_adapter_trains_every_weight(tmp_path):
     for name, weight in tuned.items():
         moved = (weight - start[name]).abs()
         assert (moved <= 1.01e-3 + 1e-3 * start[name].abs()).all(), name  # the rate, and float16's rounding
-        # One step of Adam moves every weight that has a gradient by the rate. Most embeddings have none, and a
-        # key's bias never does: it adds the same to all scores of a query.
+        # One step of Adam moves every weight that has a gradient by the rate. Most embeddings have none, and
+        # a key's bias never does: it adds the same to all scores of a query.
         if not name.endswith("attn.k.bias"):
             assert (moved > 5e-4).float().mean() > (0.5 if "blocks" in name else 0.01), name
 

@@ -1,4 +1,4 @@
-"""The paper's comparison: sparse fine-tuning by every metric and mask against LoRA, PiSSA and full fine-tuning.
+"""The paper's comparison: sparse fine-tuning by every metric and mask, LoRA, PiSSA and full fine-tuning.
 
     python tests/bench/compare.py prose              # run what is missing, then print the table
     python tests/bench/compare.py prose --jobs 0     # only the table
@@ -7,8 +7,8 @@
 Every cell is a fresh process of one thread, from the same base and in the same data order, whose result is
 a line of data/results/STUDY.jsonl. Cells that are there already are skipped, so an interrupted study goes on.
 A row of the table is one setting: its learning rate is the one of the lowest validation loss on seed 0, on a
-grid that grows until the best rate is inside it; the other seeds then run at that rate. A few settings are also
-swept over the rates that the paper tried.
+grid that grows until the best rate is inside it; the other seeds then run at that rate. A few settings are
+also swept over the rates that the paper tried.
 """
 
 import argparse
@@ -33,8 +33,9 @@ import baselines  # noqa: E402
 import train  # noqa: E402
 
 RATES = [f"{digit}e{power}" for power in range(-6, 1) for digit in (1, 3)]
-# The rate to try first, by method or metric; of all others 1e-2.
-START = {"pissa": "3e-3", "full": "3e-4", "random": "3e-2", "magnitude": "3e-2"}
+# The rate to try first, by method or metric, and of all others by study.
+START = {"lora": "1e-2", "pissa": "3e-3", "full": "3e-4", "random": "3e-2", "magnitude": "3e-2"}
+START |= {"prose": "1e-2", "smollm2": "3e-3"}
 ADAPT = {  # method: what takes the place of scoring and masking
     "lora": baselines.lora,
     "pissa": baselines.pissa,
@@ -197,7 +198,8 @@ def tune(results, chosen):
             losses[rate] = row.get("val_after", float("inf"))
         return losses[rate]
 
-    best = RATES.index(START.get(chosen["metric"], START.get(chosen["method"], "1e-2")))
+    known = (chosen["metric"], chosen["method"], results.study)
+    best = RATES.index(next(START[name] for name in known if name in START))
     while True:
         around = [best, *(rate for rate in (best - 1, best + 1) if 0 <= rate < len(RATES))]
         better = min(around, key=loss)
@@ -213,8 +215,12 @@ def complete(results, seeds, chosen):
         results.get(chosen | {"seed": seed, "lr": rate})
 
 
+# What the table tells of a setting; strict is the exact match of a study that has one.
+MEASURED = "val_after test_after forgetting strict step_seconds score_seconds peak_memory_bytes".split()
+
+
 def summaries(results):
-    """A dict a setting that is complete: the setting, its rate, and (mean, standard error) of what was measured."""
+    """A dict a setting that is complete: its rate, and (mean, standard error) of all that was measured."""
     _, seeds, settings = STUDIES[results.study]
     table = []
     for chosen in settings:
@@ -232,8 +238,7 @@ def summaries(results):
         for row in rows:
             row["forgetting"] = row["source_after"] - row["source_before"]
             row["strict"] = row["exact_match_after"]["strict"] if "exact_match_after" in row else None
-        for name in ("val_after", "test_after", "forgetting", "strict", "step_seconds", "score_seconds",
-                     "peak_memory_bytes"):  # fmt: skip
+        for name in MEASURED:
             if best[name] is not None:
                 summary[name] = mean_and_error([row[name] for row in rows])
         table.append(summary)
@@ -241,9 +246,14 @@ def summaries(results):
 
 
 def mean_and_error(values):
-    """(mean, standard error of the mean or 0.0 for a single value)"""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    """(mean, standard error of the mean or None for a single value)"""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return statistics.fmean(values), error
+
+
+def said(mean, error):
+    """How the table writes a mean and its standard error."""
+    return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
 
 
 def name_of(summary):
@@ -259,18 +269,19 @@ def name_of(summary):
 
 def table_lines(table):
     """The table in Markdown."""
-    lines = [
-        "| method | trained | learning rate | test loss | forgetting | s a step | scoring, s | peak, MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    match = any("strict" in row for row in table)
+    columns = ["method", "trained", "learning rate", "test loss", "forgetting"]
+    columns += ["exact match"] * match + ["s a step", "scoring, s", "peak, MB"]
+    lines = [" | ".join(columns), " | ".join(["---"] + ["---:"] * (len(columns) - 1))]
     for row in table:
-        loss, forgetting = ("{:.3f} ± {:.3f}".format(*row[name]) for name in ("test_after", "forgetting"))
-        cost = f"{row['step_seconds'][0]:.2f} | {row['score_seconds'][0]:.1f}"
-        memory = f"{row['peak_memory_bytes'][0] / 1e6:,.0f}"
-        lines.append(
-            f"| {name_of(row)} | {row['trained']:,} | {row['lr']:g} | {loss} | {forgetting} | {cost} | {memory} |"
-        )
-    return lines
+        cells = [name_of(row), f"{row['trained']:,}", f"{row['lr']:g}"]
+        cells += [said(*row["test_after"]), said(*row["forgetting"])]
+        if match:
+            cells += [f"{row['strict'][0]:.1%}"]
+        cells += [f"{row['step_seconds'][0]:.2f}", f"{row['score_seconds'][0]:.1f}"]
+        cells += [f"{row['peak_memory_bytes'][0] / 1e6:,.0f}"]
+        lines.append(" | ".join(cells))
+    return [f"| {line} |" for line in lines]
 
 
 def main():

@@ -1,4 +1,4 @@
-"""What every process of kills.py and compare.py needs, loaded once; never threaded, so that it can be forked."""
+"""What every process of kills.py and compare.py needs, loaded once; never threaded, so that it can fork."""
 
 import torch
 

@@ -22,22 +22,30 @@ import torch  # noqa: E402
 # --- tables ---
 
 
-def prose_table():
-    return compare.table_lines(compare.summaries(compare.Results("prose")))
+def study_table(study):
+    """The study's table, and what it took: every cell is a run of one thread."""
+    results = compare.Results(study)
+    hours = sum(row.get("seconds", 0) for row in results.rows) / 3600
+    took = f"{len(results.rows)} cells, {hours:.1f} hours of one core."
+    return [*compare.table_lines(compare.summaries(results)), "", took]
 
 
-def rates_table():
-    """Validation loss on seed 0 by learning rate, of the settings that were swept and of those like them."""
-    results = compare.Results("prose")
-    rates = [float(rate) for rate in compare.RATES if 1e-4 <= float(rate) <= 0.1]
+def rates_table(study, settings):
+    """Validation loss on seed 0 by learning rate."""
+    results = compare.Results(study)
+    tried = {row["lr"] for chosen in settings for row in results.find(chosen | {"seed": 0})}
+    rates = sorted(rate for rate in tried if rate >= 1e-4)
     lines = ["| learning rate | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
     lines.append("| --- |" + " ---: |" * len(rates))
-    for chosen in (*compare.SWEPT, compare.setting("full", None)):
+    for chosen in settings:
         losses = {row["lr"]: row.get("val_after") for row in results.find(chosen | {"seed": 0})}
-        said = {rate: "diverged" if loss is None else f"{loss:.3f}" for rate, loss in losses.items()}
-        cells = [said.get(rate, "") for rate in rates]
+        cells = ["" if rate not in losses else told(losses[rate]) for rate in rates]
         lines.append(f"| {compare.name_of(chosen)} | " + " | ".join(cells) + " |")
     return lines
+
+
+def told(loss):
+    return "diverged" if loss is None else f"{loss:.3f}"
 
 
 def step_table():
@@ -60,7 +68,8 @@ def step_table():
 
 def score_table():
     """The scoring benchmark's rows."""
-    lines = ["| metric | s | × the backward pass | peak above the model, MB |", "| --- | ---: | ---: | ---: |"]
+    lines = ["| metric | s | × the backward pass | peak above the model, MB |"]
+    lines.append("| --- | ---: | ---: | ---: |")
     for line in (RESULTS / "score.jsonl").read_text().splitlines():
         row = json.loads(line)
         above = (row["peak_memory_bytes"] - row["loaded_bytes"]) / 1e6
@@ -68,7 +77,14 @@ def score_table():
     return lines
 
 
-TABLES = {"prose": prose_table, "rates": rates_table, "step": step_table, "score": score_table}
+TABLES = {
+    "rates": lambda: rates_table("prose", [*compare.SWEPT, compare.setting("full", None)]),
+    "prose": lambda: study_table("prose"),
+    "smollm2 rates": lambda: rates_table("smollm2", compare.STUDIES["smollm2"][2]),
+    "smollm2": lambda: study_table("smollm2"),
+    "step": step_table,
+    "score": score_table,
+}
 
 
 def with_tables(readme):

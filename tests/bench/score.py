@@ -42,11 +42,19 @@ def backward(model, batches):
     model.requires_grad_(False)
 
 
+def activations(model, batches):
+    """The yardstick, with every gradient freed as soon as it has been formed: for what the passes hold."""
+    for layer in speft.linear_layers(model).values():
+        layer.weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+    backward(model, batches)
+
+
 def score(model, batches, metric):
-    """The scores by `metric`; "backward" stands for the yardstick, "load" for nothing at all."""
-    if metric == "backward":
-        return backward(model, batches)
-    return speft.salience(model, metric, batches, GPT.sample_losses) if metric != "load" else None
+    """The scores by `metric`, or what is compared with them; "load" stands for nothing at all."""
+    yardsticks = {"backward": backward, "activations": activations, "load": lambda model, batches: None}
+    if metric in yardsticks:
+        return yardsticks[metric](model, batches)
+    return speft.salience(model, metric, batches, GPT.sample_losses)
 
 
 def timed(call):
@@ -94,14 +102,19 @@ def main():
     )
     yardstick = statistics.median(times["backward"])
     print(f"{args.model}: {args.examples} x {args.tokens} tokens; selecting 1% takes {selection:.2f} s")
-    bare = peak(args, "load")
+    bare, held_by_passes = peak(args, "load"), peak(args, "activations")
+    layers = speft.linear_layers(model).values()
+    largest = max(layer.weight.nbytes for layer in layers)
+    bound = held_by_passes + sum(4 * layer.weight.numel() for layer in layers) + 2 * largest
+    print(f"the passes, the scores and two layers' gradients: {(bound - bare) / 1e6:,.0f} MB above the model")
     with open(args.out, "a") as file:
         for name, mine in times.items():
             row = {
                 "bench": "score", "model": args.model, "metric": name, "examples": args.examples,
                 "tokens": args.tokens, "seconds": statistics.median(mine),
                 "ratio": statistics.median(a / b for a, b in zip(mine, times["backward"])),
-                "peak_memory_bytes": peak(args, name), "loaded_bytes": bare, "select_seconds": selection,
+                "peak_memory_bytes": peak(args, name), "loaded_bytes": bare, "bound_bytes": bound,
+                "select_seconds": selection,
             }  # fmt: skip
             print(f"  {name:10} {row['seconds']:7.2f} s  {row['ratio']:5.2f} x the backward pass "
                   f"({yardstick:.2f} s)  "
