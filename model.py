@@ -221,14 +221,14 @@ class GPT(nn.Module):
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"unknown reduction {reduction!r}: choose mean or none")
-        x = self.features(idx)
         if targets is None:
-            return self.logits(x), None
+            return self.logits(self.features(idx)), None
         counted = targets != -100  # (B, T)
-        logits = self.logits(x[counted])  # (counted tokens, vocab_size)
+        places = counted.nonzero(as_tuple=True)  # found once, and first: on CUDA the program waits for it
+        logits = self.logits(self.features(idx)[places])  # (counted tokens, vocab_size)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nats = logits.new_zeros(targets.shape)
-        nats[counted] = F.cross_entropy(logits, targets[counted], reduction="none")
+        nats = F.cross_entropy(logits, targets[places], reduction="none")
+        nats = logits.new_zeros(targets.shape).index_put(places, nats)  # (B, T)
         losses = nats.sum(1) / counted.sum(1).clamp(min=1)
         return None, losses if reduction == "none" else losses.mean()
 

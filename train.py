@@ -223,7 +223,7 @@ def main(argv=None, adapt=None):
     usual = {n: signal.signal(n, lambda n, frame: stop.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         result = run(args, adapt, stop)
-    except (OSError, ValueError, ArithmeticError) as error:
+    except (OSError, ValueError, ArithmeticError, torch.OutOfMemoryError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(1)
     finally:

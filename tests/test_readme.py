@@ -21,7 +21,7 @@ BENCHMARKS = {"jobs", "rerun", "figures", "kills"}  # flags of the scripts in te
 def test_every_python_snippet_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(speft, "METRICS", dict(speft.METRICS))
-    flags = "--steps 1 --batch-size 2 --seq-len 32 --score-examples 2 --eval-examples 2".split()
+    flags = "--steps 1 --batch-size 2 --seq-len 32 --score-examples 2 --eval-examples 2 --device cpu".split()
     train.main(flags)
     snippets = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(snippets) == 4

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
 import kills  # noqa: E402
 
-SMALL = "--steps 8 --batch-size 2 --seq-len 32 --lr 2e-3 --score-examples 4 --eval-examples 2"
+SMALL = "--device cpu --steps 8 --batch-size 2 --seq-len 32 --lr 2e-3 --score-examples 4 --eval-examples 2"
 KINDS = {
     "static": "",
     "dynamic": "--mask dynamic --refresh 3 --metric snip",

@@ -17,7 +17,7 @@ from model import GPT
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--steps 4 --batch-size 4 --seq-len 64 --lr 2e-3 --score-examples 6 --eval-examples 4 --eval-every 3"
-SMALL = SMALL.split()
+SMALL = [*SMALL.split(), "--device", "cpu"]
 
 
 def run(out, *argv):
@@ -278,6 +278,17 @@ def test_no_space_left_is_reported_and_the_last_run_kept(tmp_path, monkeypatch, 
         run(tmp_path, "--steps", 2)
     assert ended.value.code == 1 and "No space left" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_no_memory_left_is_reported(tmp_path, monkeypatch, capsys):
+    def fit(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train, "fit", fit)
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "train.py: error: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
 
 
 def test_help_explains_every_flag_in_one_line(capsys):

@@ -106,7 +106,7 @@ def moved(model, batches, density, lines):
     for name, index in indices.items():
         n_rows, n_columns = model.get_submodule(name).weight.shape
         if lines:
-            rows, columns = torch.randperm(n_rows), torch.randperm(n_columns)
+            rows, columns = (torch.randperm(n).to(index.device) for n in (n_rows, n_columns))
             places = rows[index // n_columns] * n_columns + columns[index % n_columns]
         else:
             places = torch.randperm(n_rows * n_columns)[: len(index)]

@@ -65,8 +65,8 @@ LORA_RANK_1 = 0.005859375  # the density that rank 1 in all layers of the base c
 GSM = 0.005
 STUDIES = {  # name: (train.py's flags, seeds, settings, the most urgent first)
     "prose": (
-        "--model base --data prose --steps 60 --batch-size 8 --seq-len 128 --score-examples 64 --refresh 20 "
-        "--eval-every 1000 --eval-examples 64",
+        "--device cpu --model base --data prose --steps 60 --batch-size 8 --seq-len 128 --score-examples 64 "
+        "--refresh 20 --eval-every 1000 --eval-examples 64",
         (0, 1, 2),
         unique(
             [sparse("grad"), setting("lora"), setting("full", None), sparse("random"), setting("pissa")]
@@ -83,12 +83,11 @@ STUDIES = {  # name: (train.py's flags, seeds, settings, the most urgent first)
             + [sparse("grad", flags="--score-examples 512"), sparse("grad", flags="--score-examples 8")]
             + [setting("grad at layers' rates")]
             + [sparse("grad", flags=f"--layers {kind}") for kind in ("attn", "mlp")]
-            + [setting("full", None, flags="--steps 240"), sparse("grad", "local", flags="--steps 240")]
         ),
     ),
     "smollm2": (
-        "--model smollm2 --data gsm --steps 40 --batch-size 4 --seq-len 192 --score-examples 32 --refresh 20 "
-        "--eval-every 1000 --eval-examples 16",
+        "--device cpu --model smollm2 --data gsm --steps 40 --batch-size 4 --seq-len 192 --score-examples 32 "
+        "--refresh 20 --eval-every 1000 --eval-examples 16",
         (0,),
         [sparse("grad", density=GSM), setting("lora", GSM), setting("full", None)]
         + [sparse(metric, density=GSM) for metric in ("snip", "random", "magnitude", "force", "fisher")]
@@ -141,9 +140,8 @@ def child(study, cell, out):
 def run_cell(study, cell):
     """Run a cell in a fresh process of one thread; a run whose loss diverges has no losses but a reason."""
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    # Forked cells read the corpora only once; but a fork cannot use CUDA.
-    processes = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    processes.set_forkserver_preload(["preload"])
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["preload"])  # forked cells read the corpora only once
     with tempfile.TemporaryDirectory() as out:
         process = processes.Process(target=child, args=(study, cell, out))
         process.start()

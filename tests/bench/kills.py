@@ -26,7 +26,7 @@ import torch  # noqa: E402
 import train  # noqa: E402
 
 STEPS, EVERY = 24, 4  # EVERY: steps between checkpoints
-RUN = f"--steps {STEPS} --batch-size 2 --seq-len 32 --lr 2e-3 --score-examples 4 --checkpoint-every {EVERY}"
+RUN = f"--device cpu --steps {STEPS} --batch-size 2 --seq-len 32 --lr 2e-3 --score-examples 4 --checkpoint-every {EVERY}"
 RUN += " --eval-examples 2 --eval-every 100 --resume --out"
 KINDS = {"static": "", "dynamic": "--mask dynamic --refresh 6 --metric snip", "random": "--metric random"}
 

@@ -48,14 +48,19 @@ def told(loss):
     return "diverged" if loss is None else f"{loss:.3f}"
 
 
+def cpu_rows(benchmark):
+    """The rows of a benchmark's results that were measured on a CPU."""
+    rows = map(json.loads, (RESULTS / f"{benchmark}.jsonl").read_text().splitlines())
+    return [row for row in rows if row.get("device", "cpu") == "cpu"]
+
+
 def step_table():
     """The step benchmark's rows, a density and mask after the other."""
     lines = [
         "| density, mask | variant | trained | step / LoRA's | / full | / frozen | saved, MB | faulted, MB |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for line in (RESULTS / "step.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in cpu_rows("step"):
         ratios = [row["ratios"].get(name) for name in ("lora", "full", "frozen")]
         ratios = " | ".join("not timed" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
         kept = ", memory kept" if row["allocator"] != "default" else ""
@@ -70,8 +75,7 @@ def score_table():
     """The scoring benchmark's rows."""
     lines = ["| metric | s | × the backward pass | peak above the model, MB |"]
     lines.append("| --- | ---: | ---: | ---: |")
-    for line in (RESULTS / "score.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in cpu_rows("score"):
         above = (row["peak_memory_bytes"] - row["loaded_bytes"]) / 1e6
         lines.append(f"| {row['metric']} | {row['seconds']:.1f} | {row['ratio']:.2f} | {above:,.0f} |")
     return lines

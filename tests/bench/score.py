@@ -27,7 +27,7 @@ from model import GPT  # noqa: E402
 
 def load(args):
     """(model, batches): args.examples samples of prose, args.batch at a time."""
-    model = GPT.from_pretrained(args.model).to(args.device)
+    model = GPT.from_pretrained(args.model).to(args.device).requires_grad_(False)
     examples = data.load_examples("prose", data.load_tokenizer(args.model), args.tokens, args.device)
     return model, examples["train"].spread(args.examples, args.batch)
 
@@ -45,7 +45,8 @@ def backward(model, batches):
 def activations(model, batches):
     """The yardstick, with every gradient freed as soon as it has been formed: for what the passes hold."""
     for layer in speft.linear_layers(model).values():
-        layer.weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+        weight = layer.weight.requires_grad_(True)
+        weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
     backward(model, batches)
 
 
@@ -76,11 +77,11 @@ def peak(args, metric):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2", help="smollm2, base or a checkpoint")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--metrics", nargs="+", default=list(speft.METRICS), choices=speft.METRICS)
     parser.add_argument("--examples", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=160)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--out", default=str(ROOT / "data/results/score.jsonl"))
@@ -110,7 +111,8 @@ def main():
     with open(args.out, "a") as file:
         for name, mine in times.items():
             row = {
-                "bench": "score", "model": args.model, "metric": name, "examples": args.examples,
+                "bench": "score", "model": args.model, "device": args.device, "metric": name,
+                "examples": args.examples,
                 "tokens": args.tokens, "seconds": statistics.median(mine),
                 "ratio": statistics.median(a / b for a, b in zip(mine, times["backward"])),
                 "peak_memory_bytes": peak(args, name), "loaded_bytes": bare, "bound_bytes": bound,

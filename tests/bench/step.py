@@ -216,7 +216,9 @@ def resident_peak(args, variant, mask, density):
 def run_one(args):
     """The other side of `resident_peak`: the masks come from a file, so that scoring is not counted."""
     model, batches = load(args)
-    indices = torch.load(args.cache)[args.masks[0], args.densities[0]]
+    indices = torch.load(args.cache, map_location="cpu")[args.masks[0], args.densities[0]]
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of the loading, which may hold float32
     optimizer = optimizer_for(VARIANTS[args.only](model, indices, args.densities[0]))
     for batch in (batches * 3)[:3]:
         step(model, optimizer, batch)
@@ -250,7 +252,7 @@ def compare(model, batches, mask, density, indices, args):
             "variant": name, "trained": sum(parameter.numel() for parameter in parameters),
             "saved_bytes": saved_bytes(copied, batches[0]), "gradient_error": error,
             "optimizer_bytes": sum(t.nbytes for s in state for t in s.values()),
-            "tokens": args.batch * args.tokens, "dtype": args.dtype,
+            "tokens": args.batch * args.tokens, "dtype": args.dtype, "device": args.device,
         })  # fmt: skip
     times, faults = {name: [] for name in ready}, {name: [] for name in ready}
     for repetition in range(args.repetitions):
@@ -276,7 +278,7 @@ def compare(model, batches, mask, density, indices, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2", help="smollm2, base, billion or a checkpoint")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.01, 0.001, 0.05])
     parser.add_argument("--masks", nargs="+", default=["grad", "magnitude", "random"])
