@@ -26,8 +26,8 @@ import torch  # noqa: E402
 import train  # noqa: E402
 
 STEPS, EVERY = 24, 4  # EVERY: steps between checkpoints
-RUN = f"--device cpu --steps {STEPS} --batch-size 2 --seq-len 32 --lr 2e-3 --score-examples 4 --checkpoint-every {EVERY}"
-RUN += " --eval-examples 2 --eval-every 100 --resume --out"
+RUN = f"--device cpu --steps {STEPS} --batch-size 2 --seq-len 32 --lr 2e-3 --score-examples 4 --eval-examples 2"
+RUN += f" --eval-every 100 --checkpoint-every {EVERY} --resume --out"
 KINDS = {"static": "", "dynamic": "--mask dynamic --refresh 6 --metric snip", "random": "--metric random"}
 
 
@@ -49,12 +49,9 @@ def start(kind, out):
 
 
 def processes():
-    """Processes forked from one that has imported torch and read the corpora: they start in no time.
-
-    Where there is a CUDA device they start anew, since a fork cannot use it.
-    """
+    """Processes forked from one that has imported torch and read the corpora: they start in no time."""
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["preload"])
     return context
 

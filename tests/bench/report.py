@@ -135,10 +135,12 @@ def quality_against_rate(axes, results, table):
         "LoRA": {"method": "lora"},
         "PiSSA": {"method": "pissa"},
     }.items():
-        rows = results.find({"density": 0.01, "flags": "", "seed": 0} | wanted)
+        density = compare.GSM if results.study == "smollm2" else 0.01
+        rows = results.find({"density": density, "flags": "", "seed": 0} | wanted)
         plot_rates(axes, rows, label)
     plot_rates(axes, results.find({"method": "full", "flags": "", "seed": 0}), "full")
     axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss, nats a token")
+    axes.set_ylim(top=results.rows[0]["val_before"])  # without the runs that end worse than they began
     axes.legend()
 
 
@@ -206,12 +208,16 @@ def draw():
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    results = compare.Results("prose")
-    table = compare.summaries(results)
-    for paint in (quality_against_density, quality_against_rate, metrics):
+    for name, study, paint in (
+        ("quality_against_density", "prose", quality_against_density),
+        ("quality_against_rate", "prose", quality_against_rate),
+        ("quality_against_rate_smollm2", "smollm2", quality_against_rate),
+        ("metrics", "prose", metrics),
+    ):
+        results = compare.Results(study)
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        paint(axes, results, table)
-        figure.savefig(RESULTS / f"{paint.__name__}.png", dpi=80)
+        paint(axes, results, compare.summaries(results))
+        figure.savefig(RESULTS / f"{name}.png", dpi=80)
     draw_masks(plt)
 
 
