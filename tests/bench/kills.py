@@ -26,8 +26,8 @@ import torch  # noqa: E402
 import train  # noqa: E402
 
 STEPS, EVERY = 24, 4  # EVERY: steps between checkpoints
-RUN = f"--device cpu --steps {STEPS} --batch-size 2 --seq-len 32 --lr 2e-3 --score-examples 4 --eval-examples 2"
-RUN += f" --eval-every 100 --checkpoint-every {EVERY} --resume --out"
+RUN = f"--device cpu --steps {STEPS} --batch-size 2 --seq-len 32 --lr 2e-3 --score-examples 4"
+RUN += f" --eval-examples 2 --eval-every 100 --checkpoint-every {EVERY} --resume --out"
 KINDS = {"static": "", "dynamic": "--mask dynamic --refresh 6 --metric snip", "random": "--metric random"}
 
 
