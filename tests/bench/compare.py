@@ -82,7 +82,6 @@ STUDIES = {  # name: (train.py's flags, seeds, settings, the most urgent first)
             + [sparse(metric, "local", "dynamic") for metric in METRICS]
             + [sparse("grad", flags="--score-examples 512"), sparse("grad", flags="--score-examples 8")]
             + [setting("grad at layers' rates")]
-            + [sparse("grad", flags=f"--layers {kind}") for kind in ("attn", "mlp")]
         ),
     ),
     "smollm2": (
@@ -92,7 +91,8 @@ STUDIES = {  # name: (train.py's flags, seeds, settings, the most urgent first)
         [sparse("grad", density=GSM), setting("lora", GSM), setting("full", None)]
         + [sparse(metric, density=GSM) for metric in ("snip", "random", "magnitude", "force", "fisher")]
         + [sparse("grad", "local", density=GSM), sparse("grad", "global", "dynamic", density=GSM)]
-        + [setting("pissa", GSM)],
+        + [setting("pissa", GSM)]
+        + [setting("grad moved entries", GSM), setting("grad moved lines", GSM)],
     ),
 }
 

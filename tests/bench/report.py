@@ -31,21 +31,26 @@ def study_table(study):
 
 
 def rates_table(study, settings):
-    """Validation loss on seed 0 by learning rate."""
+    """Validation loss on seed 0 by learning rate, and forgetting in brackets."""
     results = compare.Results(study)
     tried = {row["lr"] for chosen in settings for row in results.find(chosen | {"seed": 0})}
     rates = sorted(rate for rate in tried if rate >= 1e-4)
     lines = ["| learning rate | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
     lines.append("| --- |" + " ---: |" * len(rates))
     for chosen in settings:
-        losses = {row["lr"]: row.get("val_after") for row in results.find(chosen | {"seed": 0})}
-        cells = ["" if rate not in losses else told(losses[rate]) for rate in rates]
+        rows = {row["lr"]: row for row in results.find(chosen | {"seed": 0})}
+        if not rows:
+            continue
+        cells = [told(rows[rate]) if rate in rows else "" for rate in rates]
         lines.append(f"| {compare.name_of(chosen)} | " + " | ".join(cells) + " |")
     return lines
 
 
-def told(loss):
-    return "diverged" if loss is None else f"{loss:.3f}"
+def told(row):
+    if "val_after" not in row:
+        return "diverged"
+    forgetting = round(row["source_after"] - row["source_before"], 2) + 0.0  # no -0.00
+    return f"{row['val_after']:.3f} ({forgetting:.2f})"
 
 
 def cpu_rows(benchmark):
@@ -127,26 +132,38 @@ def quality_against_density(axes, results, table):
     axes.legend()
 
 
+def by_rate(results):
+    """{label: the rows of seed 0 by learning rate}, without the runs that ended worse than they began."""
+    density = compare.GSM if results.study == "smollm2" else 0.01
+    chosen = {
+        "grad": compare.sparse("grad", density=density),
+        "random": compare.sparse("random", density=density),
+        "LoRA": compare.setting("lora", density),
+        "PiSSA": compare.setting("pissa", density),
+        "full": compare.setting("full", None),
+    }
+    rows = {label: results.find(one | {"seed": 0}) for label, one in chosen.items()}
+    for label, found in rows.items():
+        found = [row for row in found if "val_after" in row and row["val_after"] < row["val_before"]]
+        rows[label] = sorted(found, key=lambda row: row["lr"])
+    return rows
+
+
 def quality_against_rate(axes, results, table):
-    """Validation loss on seed 0 over the learning rates that were tried."""
-    for label, wanted in {
-        "grad": {"metric": "grad", "scope": "global", "mask": "static"},
-        "random": {"metric": "random", "scope": "global", "mask": "static"},
-        "LoRA": {"method": "lora"},
-        "PiSSA": {"method": "pissa"},
-    }.items():
-        density = compare.GSM if results.study == "smollm2" else 0.01
-        rows = results.find({"density": density, "flags": "", "seed": 0} | wanted)
-        plot_rates(axes, rows, label)
-    plot_rates(axes, results.find({"method": "full", "flags": "", "seed": 0}), "full")
+    """Validation loss over the learning rate."""
+    for label, rows in by_rate(results).items():
+        axes.plot([row["lr"] for row in rows], [row["val_after"] for row in rows], marker="o", label=label)
     axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss, nats a token")
-    axes.set_ylim(top=results.rows[0]["val_before"])  # without the runs that end worse than they began
     axes.legend()
 
 
-def plot_rates(axes, rows, label):
-    rows = sorted((row for row in rows if "val_after" in row), key=lambda row: row["lr"])
-    axes.plot([row["lr"] for row in rows], [row["val_after"] for row in rows], marker="o", label=label)
+def quality_against_forgetting(axes, results, table):
+    """Validation loss over forgetting, a line through each method's rates."""
+    for label, rows in by_rate(results).items():
+        forgetting = [row["source_after"] - row["source_before"] for row in rows]
+        axes.plot(forgetting, [row["val_after"] for row in rows], marker="o", label=label)
+    axes.set(xlabel="forgetting, nats a token", ylabel="validation loss, nats a token")
+    axes.legend()
 
 
 def metrics(axes, results, table):
@@ -212,6 +229,8 @@ def draw():
         ("quality_against_density", "prose", quality_against_density),
         ("quality_against_rate", "prose", quality_against_rate),
         ("quality_against_rate_smollm2", "smollm2", quality_against_rate),
+        ("quality_against_forgetting", "prose", quality_against_forgetting),
+        ("quality_against_forgetting_smollm2", "smollm2", quality_against_forgetting),
         ("metrics", "prose", metrics),
     ):
         results = compare.Results(study)
