@@ -15,7 +15,7 @@ import report  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BENCHMARKS = {"jobs", "rerun", "figures", "kills"}  # flags of the scripts in tests/bench/
+BENCHMARKS = {"jobs", "rerun", "figures", "kills", "metrics"}  # flags of the scripts in tests/bench/
 
 
 def test_every_python_snippet_runs(tmp_path, monkeypatch):
