@@ -26,7 +26,7 @@ def study_table(study):
     """The study's table, and what it took: every cell is a run of one thread."""
     results = compare.Results(study)
     hours = sum(row.get("seconds", 0) for row in results.rows) / 3600
-    took = f"{len(results.rows)} cells, {hours:.1f} hours of one core."
+    took = f"{len(results.rows)} runs, {hours:.1f} hours of one core."
     return [*compare.table_lines(compare.summaries(results)), "", took]
 
 
