@@ -92,6 +92,7 @@ ADAPT = {
     "static": None, "dynamic": None, "full": None, "lora": baselines.lora, "pissa": baselines.pissa,
     "lines": functools.partial(baselines.moved, lines=True), "warmed": baselines.warmed,
     "entries": functools.partial(baselines.moved, lines=False), "relative": baselines.relative,
+    "block": baselines.block,
 }  # fmt: skip
 
 

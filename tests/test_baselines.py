@@ -61,6 +61,23 @@ def test_ranks_come_as_near_to_the_density_as_whole_ranks_allow(density):
     assert trained == sum(p.numel() for p in baselines.lora(tiny(), None, density))
 
 
+@pytest.mark.parametrize("density", (0.001, 0.01, 0.1, 0.5, 1.0))
+def test_a_block_is_all_of_some_rows_and_columns_but_for_the_last_line(density):
+    torch.manual_seed(int(1000 * density))
+    model = tiny()
+    layers = speft.linear_layers(model)
+    first, second = (baselines.block_mask(model, density) for _ in range(2))
+    for name, index in first.items():
+        n_rows, n_columns = layers[name].weight.shape
+        assert len(index) == max(1, round(density * n_rows * n_columns))
+        entries = {divmod(place, n_columns) for place in index.tolist()}
+        rows, columns = {row for row, _ in entries}, {column for _, column in entries}
+        assert len(rows) * len(columns) - len(entries) < max(len(rows), len(columns))
+        assert max(len(rows) / n_rows, len(columns) / n_columns) < 2 * density**0.5 + 0.2
+    moved = [name for name in first if first[name].tolist() != second[name].tolist()]
+    assert moved if density < 1 else not moved
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_layers_rates_are_relative_to_their_weights(seed):
     torch.manual_seed(seed)

@@ -53,7 +53,7 @@ def test_an_interrupted_study_goes_on_and_its_table_holds_only_what_is_complete(
     study = Study(monkeypatch, tmp_path, loss)
     compare.tune(compare.Results("prose"), chosen)
     assert compare.summaries(compare.Results("prose")) == []
-    compare.complete(compare.Results("prose"), (0, 1, 2), chosen)
+    compare.complete(compare.Results("prose"), chosen, (0, 1, 2))
     assert [(cell["lr"], cell["seed"]) for cell in study.ran] == [
         ("1e-2", 0), ("3e-3", 0), ("3e-2", 0), ("1e-2", 1), ("1e-2", 2)
     ]  # fmt: skip
@@ -71,7 +71,7 @@ def test_a_seed_that_diverges_is_counted_and_named(tmp_path, monkeypatch, capsys
 
     chosen = compare.sparse("grad")
     Study(monkeypatch, tmp_path, loss)
-    compare.complete(compare.Results("prose"), (0, 1, 2), chosen)
+    compare.complete(compare.Results("prose"), chosen, (0, 1, 2))
     (summary,) = compare.summaries(compare.Results("prose"))
     assert summary["test_after"] == pytest.approx((1.05, 0.05))
     assert "(1 seeds diverged)" in compare.table_lines([summary])[-1]
@@ -83,7 +83,7 @@ def test_a_single_seed_has_no_error_and_a_task_has_its_exact_match(tmp_path, mon
     strict = {"exact_match_after": {"strict": 0.125}}
     monkeypatch.setattr(compare, "run_cell", lambda name, cell: run(name, cell) | strict)
     results = compare.Results("smollm2")
-    compare.complete(results, (0,), compare.STUDIES["smollm2"][2][0])
+    compare.complete(results, *compare.runs("smollm2")[-1])
     header, _, line = compare.table_lines(compare.summaries(results))
     told = dict(zip(header.strip("| ").split(" | "), line.strip("| ").split(" | ")))
     assert told["exact match"] == "12.5%" and told["learning rate"] == "0.003"
@@ -94,7 +94,7 @@ def test_a_single_seed_has_no_error_and_a_task_has_its_exact_match(tmp_path, mon
 def test_every_cell_is_a_command_that_train_accepts(name):
     import train
 
-    for chosen in compare.STUDIES[name][2]:
+    for chosen, _ in compare.runs(name):
         args = train.parse_args(compare.command(name, chosen | {"seed": 1, "lr": "3e-3"}, "x"))
         assert args.seed == 1 and args.lr == 3e-3
         assert args.method == ("full" if chosen["method"] == "full" else "sparse")

@@ -34,8 +34,9 @@ def test_every_python_snippet_runs(tmp_path, monkeypatch):
                 for parameter in names["model"].parameters()
             )
     assert set(torch.load("mine.pt", weights_only=True)) == {"0", "2"}
-    assert "movement" in speft.METRICS
-    train.main([*flags, "--metric", "grad"])
+    monkeypatch.setitem(train.FLAGS, "metric", ("grad", list(speft.METRICS), ""))
+    result = train.main([*flags, "--metric", "block", "--scope", "local"])
+    assert result["metric"] == "block" and result["trained"] == 47172
 
 
 def test_the_table_of_metrics_is_complete():

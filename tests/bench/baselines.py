@@ -114,6 +114,25 @@ def moved(model, batches, density, lines):
     return speft.sparsify(model, indices)
 
 
+def block_mask(model, density):
+    """{layer: indices}: of every layer, the entries where some random rows cross some random columns.
+
+    An entry's score is the lesser of a random number of its row and one of its column: those above a
+    threshold form a block, with the root of the density as its share of the rows and of the columns.
+    """
+    scores = {}
+    for name, layer in speft.linear_layers(model).items():
+        n_rows, n_columns = layer.weight.shape
+        score = torch.minimum(torch.rand(n_rows, 1), torch.rand(1, n_columns))
+        scores[name] = score.to(layer.weight.device)
+    return speft.select(scores, density, "local")
+
+
+def block(model, batches, density):
+    """Train a random block of every layer: a mask without salience whose gradient is one small product."""
+    return speft.sparsify(model, block_mask(model, density))
+
+
 def warmed(model, batches, density):
     """Train the global gradient mask of a model that has had a pass of full fine-tuning: an ablation.
 

@@ -35,10 +35,12 @@ import train  # noqa: E402
 RATES = [f"{digit}e{power}" for power in range(-6, 1) for digit in (1, 3)]
 # The rate to try first, by method or metric, and of all others by study.
 START = {"lora": "1e-2", "pissa": "3e-3", "full": "3e-4", "random": "3e-2", "magnitude": "3e-2"}
+START |= {"random block": "3e-2", "grad moved lines": "1e-2", "grad moved entries": "1e-2"}
 START |= {"prose": "1e-2", "smollm2": "3e-3"}
 ADAPT = {  # method: what takes the place of scoring and masking
     "lora": baselines.lora,
     "pissa": baselines.pissa,
+    "random block": baselines.block,
     "grad moved lines": functools.partial(baselines.moved, lines=True),
     "grad moved entries": functools.partial(baselines.moved, lines=False),
     "grad after a warm-up": baselines.warmed,
@@ -63,11 +65,12 @@ def unique(settings):
 
 LORA_RANK_1 = 0.005859375  # the density that rank 1 in all layers of the base comes to
 GSM = 0.005
-STUDIES = {  # name: (train.py's flags, seeds, settings, the most urgent first)
+SEEDS = (0, 1, 2)
+# name: (train.py's flags, settings for all SEEDS, settings for the first seed alone), the most urgent first
+STUDIES = {
     "prose": (
         "--device cpu --model base --data prose --steps 60 --batch-size 8 --seq-len 128 --score-examples 64 "
         "--refresh 20 --eval-every 1000 --eval-examples 64",
-        (0, 1, 2),
         unique(
             [sparse("grad"), setting("lora"), setting("full", None), sparse("random"), setting("pissa")]
             + [sparse("grad", density=d) for d in (0.001, 0.003, LORA_RANK_1, 0.03)]
@@ -81,23 +84,30 @@ STUDIES = {  # name: (train.py's flags, seeds, settings, the most urgent first)
             + [setting("lora", flags="--steps 240"), setting("grad after a warm-up")]
             + [sparse(metric, "local", "dynamic") for metric in METRICS]
             + [sparse("grad", flags="--score-examples 512"), sparse("grad", flags="--score-examples 8")]
-            + [setting("grad at layers' rates")]
+            + [setting("grad at layers' rates"), setting("random block")]
         ),
+        [],
     ),
     "smollm2": (
         "--device cpu --model smollm2 --data gsm --steps 40 --batch-size 4 --seq-len 192 --score-examples 32 "
         "--refresh 20 --eval-every 1000 --eval-examples 16",
-        (0,),
         [sparse("grad", density=GSM), setting("lora", GSM), setting("full", None)]
-        + [sparse(metric, density=GSM) for metric in ("snip", "random", "magnitude", "force", "fisher")]
+        + [sparse("random", density=GSM), setting("random block", GSM)],
+        [sparse(metric, density=GSM) for metric in ("snip", "magnitude", "force", "fisher")]
         + [sparse("grad", "local", density=GSM), sparse("grad", "global", "dynamic", density=GSM)]
-        + [setting("pissa", GSM)]
-        + [setting("grad moved entries", GSM), setting("grad moved lines", GSM)],
+        + [setting("pissa", GSM), setting("grad moved entries", GSM), setting("grad moved lines", GSM)],
     ),
 }
 
 SWEPT = [sparse("grad"), sparse("random"), setting("lora")]  # over rates about the paper's 5e-5 to 5e-4
 SWEEP = ("1e-4", "3e-4", "1e-3")
+
+
+def runs(study):
+    """[(setting, its seeds)]"""
+    _, settings, once = STUDIES[study]
+    return [(chosen, SEEDS) for chosen in settings] + [(chosen, SEEDS[:1]) for chosen in once]
+
 
 # --- one cell ---
 
@@ -206,7 +216,7 @@ def tune(results, chosen):
         best = better
 
 
-def complete(results, seeds, chosen):
+def complete(results, chosen, seeds):
     """Run all cells of a setting."""
     rate = tune(results, chosen)
     for seed in seeds[1:]:
@@ -219,9 +229,8 @@ MEASURED = "val_after test_after forgetting strict step_seconds score_seconds pe
 
 def summaries(results):
     """A dict a setting that is complete: its rate, and (mean, standard error) of all that was measured."""
-    _, seeds, settings = STUDIES[results.study]
     table = []
-    for chosen in settings:
+    for chosen, seeds in runs(results.study):
         tried = [row for row in results.find(chosen | {"seed": 0}) if "val_after" in row]
         if not tried:
             continue
@@ -295,12 +304,12 @@ def main():
         for name in sorted(row):
             print(f"{name}: {row[name]} now {again.get(name)}")
         return
-    _, seeds, settings = STUDIES[args.study]
     if args.jobs:
+        settings = [chosen for chosen, _ in runs(args.study)]
         swept = [chosen | {"seed": 0, "lr": rate} for chosen in SWEPT if chosen in settings for rate in SWEEP]
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(results.get, swept))
-            list(pool.map(functools.partial(complete, results, seeds), settings))
+            list(pool.map(functools.partial(complete, results), *zip(*runs(args.study))))
     print("\n".join(table_lines(summaries(results))))
 
 

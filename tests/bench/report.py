@@ -59,11 +59,16 @@ def cpu_rows(benchmark):
     return [row for row in rows if row.get("device", "cpu") == "cpu"]
 
 
+def megabytes(count):
+    return "not measured" if count is None else f"{count / 1e6:,.0f}"
+
+
 def step_table():
     """The step benchmark's rows, a density and mask after the other."""
     lines = [
-        "| density, mask | variant | trained | step / LoRA's | / full | / frozen | saved, MB | faulted, MB |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| density, mask | variant | trained | step / LoRA's | / full | / frozen | saved, MB | peak, MB | "
+        "faulted, MB |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in cpu_rows("step"):
         ratios = [row["ratios"].get(name) for name in ("lora", "full", "frozen")]
@@ -71,7 +76,7 @@ def step_table():
         kept = ", memory kept" if row["allocator"] != "default" else ""
         lines.append(
             f"| {row['density']:g}, {row['mask']}{kept} | {row['variant']} | {row['trained']:,} | {ratios} | "
-            f"{row['saved_bytes'] / 1e6:,.0f} | {row['page_faults'] * 4096 / 1e6:,.0f} |"
+            f"{row['saved_bytes'] / 1e6:,.0f} | {megabytes(row['peak_memory_bytes'])} | {row['page_faults'] * 4096 / 1e6:,.0f} |"
         )
     return lines
 
@@ -81,15 +86,16 @@ def score_table():
     lines = ["| metric | s | × the backward pass | peak above the model, MB |"]
     lines.append("| --- | ---: | ---: | ---: |")
     for row in cpu_rows("score"):
-        above = (row["peak_memory_bytes"] - row["loaded_bytes"]) / 1e6
-        lines.append(f"| {row['metric']} | {row['seconds']:.1f} | {row['ratio']:.2f} | {above:,.0f} |")
+        peak = row["peak_memory_bytes"]
+        above = megabytes(peak and peak - row["loaded_bytes"])
+        lines.append(f"| {row['metric']} | {row['seconds']:.1f} | {row['ratio']:.2f} | {above} |")
     return lines
 
 
 TABLES = {
     "rates": lambda: rates_table("prose", [*compare.SWEPT, compare.setting("full", None)]),
     "prose": lambda: study_table("prose"),
-    "smollm2 rates": lambda: rates_table("smollm2", compare.STUDIES["smollm2"][2]),
+    "smollm2 rates": lambda: rates_table("smollm2", [chosen for chosen, _ in compare.runs("smollm2")]),
     "smollm2": lambda: study_table("smollm2"),
     "step": step_table,
     "score": score_table,

@@ -8,6 +8,7 @@ those of fresh processes. Rows are appended to --out as JSON lines.
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -71,7 +72,13 @@ def peak(args, metric):
     argv = [sys.executable, __file__, "--only", metric]
     for name in ("model", "device", "examples", "batch", "tokens"):
         argv += [f"--{name}", str(getattr(args, name))]
-    return int(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)
+    return int(fresh(argv))
+
+
+def fresh(argv):
+    """What a fresh process prints that measures its peak: in it glibc gives back at once what is freed."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    return subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
 
 
 def main():
@@ -88,8 +95,7 @@ def main():
     args = parser.parse_args()
     model, batches = load(args)
     if args.only:
-        if args.device == "cpu" and sys.platform == "linux":  # forget what reading the corpora needed
-            Path("/proc/self/clear_refs").write_text("5")
+        forget_peak(args)  # of reading the corpora
         score(model, batches, args.only)
         print(held(args))
         return
@@ -125,8 +131,16 @@ def main():
             file.write(json.dumps(row | {"versions": versions, "threads": torch.get_num_threads()}) + "\n")
 
 
+def forget_peak(args):
+    """Start to measure `held` anew, where the system can do so."""
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def held(args):
-    """The most memory held since the last reset: of the device's allocator, or the process."""
+    """The most memory held since `forget_peak`, in bytes: of the device's allocator, or the process."""
     if args.device == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "linux":

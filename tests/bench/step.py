@@ -2,6 +2,8 @@
 
 python tests/bench/step.py [--model smollm2] [--device cuda] [--densities 0.01 0.001] [--masks grad random]
 
+Of the masks, "block" is a random block of every layer (baselines.py); the others are metrics.
+
 The variants take turns in one process, step by step, and the ratios are taken pair by pair: a machine that
 gets slower gets slower for all. Before that every sparse variant's gradients are compared with autograd's
 through the dense weight. Rows are appended to --out as JSON lines.
@@ -13,11 +15,12 @@ makes it keep what it has; the rows say which it was, and how many faults a step
 
 import argparse
 import copy
+import ctypes
+import gc
 import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import baselines  # noqa: E402
 import data  # noqa: E402
+import score  # noqa: E402
 import speft  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
@@ -198,34 +202,40 @@ def check_gradients(model, indices, batch):
 def masks(model, batches, args):
     """{(mask, density): indices}"""
     chosen = {}
-    for metric in args.masks:
-        scores = speft.salience(model, metric, batches, losses)
+    for mask in args.masks:
+        scores = None if mask == "block" else speft.salience(model, mask, batches, losses)
         for density in args.densities:
-            chosen[metric, density] = speft.select(scores, density, args.scope)
+            if mask == "block":
+                chosen[mask, density] = baselines.block_mask(model, density)
+            else:
+                chosen[mask, density] = speft.select(scores, density, args.scope)
     return chosen
 
 
+def give_back_memory():
+    """What the models of the last comparison held: glibc keeps it, and soon would have kept all there is."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def resident_peak(args, variant, mask, density):
-    """Peak memory of a fresh process that loads the model and takes three steps."""
+    """Peak memory of three steps in a fresh process, the model included."""
     argv = [sys.executable, __file__, "--only", variant, "--masks", mask, "--densities", str(density)]
     for name in ("model", "device", "dtype", "scope", "batch", "tokens", "cache"):
         argv += [f"--{name}", str(getattr(args, name))]
-    return json.loads(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)
+    return int(score.fresh(argv))
 
 
 def run_one(args):
     """The other side of `resident_peak`: the masks come from a file, so that scoring is not counted."""
     model, batches = load(args)
     indices = torch.load(args.cache, map_location="cpu")[args.masks[0], args.densities[0]]
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # of the loading, which may hold float32
+    score.forget_peak(args)  # of the loading
     optimizer = optimizer_for(VARIANTS[args.only](model, indices, args.densities[0]))
     for batch in (batches * 3)[:3]:
         step(model, optimizer, batch)
-    if args.device == "cuda":
-        print(torch.cuda.max_memory_allocated())
-    else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    print(score.held(args))
 
 
 def compare(model, batches, mask, density, indices, args):
@@ -281,7 +291,7 @@ def main():
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.01, 0.001, 0.05])
-    parser.add_argument("--masks", nargs="+", default=["grad", "magnitude", "random"])
+    parser.add_argument("--masks", nargs="+", default=["grad", "block", "magnitude", "random"])
     parser.add_argument("--scope", default="global")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--batch", type=int, default=3, help="examples a step")
@@ -295,10 +305,12 @@ def main():
     args = parser.parse_args()
     if args.only:
         return run_one(args)
+    torch.manual_seed(0)
     model, batches = load(args)
     chosen = masks(model, batches, args)
     torch.save(chosen, args.cache)
     for (mask, density), indices in chosen.items():
+        give_back_memory()
         rows = compare(model, batches, mask, density, indices, args)
         for row in rows:
             if args.peak:
