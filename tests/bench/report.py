@@ -74,9 +74,10 @@ def step_table():
         ratios = [row["ratios"].get(name) for name in ("lora", "full", "frozen")]
         ratios = " | ".join("not timed" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
         kept = ", memory kept" if row["allocator"] != "default" else ""
+        counts = row["saved_bytes"], row["peak_memory_bytes"], row["page_faults"] * 4096
         lines.append(
             f"| {row['density']:g}, {row['mask']}{kept} | {row['variant']} | {row['trained']:,} | {ratios} | "
-            f"{row['saved_bytes'] / 1e6:,.0f} | {megabytes(row['peak_memory_bytes'])} | {row['page_faults'] * 4096 / 1e6:,.0f} |"
+            f"{' | '.join(map(megabytes, counts))} |"
         )
     return lines
 
