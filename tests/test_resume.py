@@ -97,9 +97,9 @@ def test_full_fine_tuning_and_baselines_resume_too(tmp_path, monkeypatch):
 
 def test_killed_runs_lose_little_and_end_the_same(tmp_path):
     # The other kinds, and fifty kills: tests/bench/kills.py.
-    killed, finished, redone = kills.survive("dynamic", 1, tmp_path)
+    killed, finished, redone = kills.survive("dynamic", 2, tmp_path)
     print(f"{killed} kills survived, {finished} runs equal bit for bit, {redone} steps redone")
-    assert killed >= 1 and finished >= 1
+    assert killed >= 2 and finished >= 1
 
 
 def test_without_a_checkpoint_a_run_starts_anew_and_a_finished_one_stays(tmp_path, capsys):
