@@ -115,6 +115,27 @@ def test_the_cover_is_the_cheapest_of_crowded_columns_and_a_rectangle(kind, shap
         assert len(held) < 0.3 * n_rows * n_columns
 
 
+class OnCuda(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("kind", ("columns", "rows", "rectangle"))
+@pytest.mark.parametrize("shape, dense", (((600, 800), True), ((1500, 900), False)))
+def test_on_cuda_a_small_layer_takes_the_dense_product(kind, shape, dense):
+    # There a part has to be smaller by 2^19 entries, which is more than all that the first layer has.
+    index = a_mask(kind, shape, torch.Generator().manual_seed(3))
+    assert cover(index, *shape)[2] < shape[1]
+    places, columns, n_crowded, rows = cover(index.as_subclass(OnCuda), *shape)
+    assert (n_crowded == shape[1]) == dense
+    if dense:
+        assert columns.tolist() == list(range(shape[1])) and not len(rows)
+        assert places.tolist() == [flat % shape[1] * shape[0] + flat // shape[1] for flat in index.tolist()]
+    else:
+        assert torch.equal(places, cover(index, *shape)[0])
+
+
 def saved_for_backward(layer, x):
     """The shapes of what autograd keeps, besides the layer's own tensors and plan."""
     places, columns, _, rows = layer.plan()

@@ -3,7 +3,7 @@
 python tests/bench/score.py [--model smollm2] [--examples 16] [--metrics grad fisher]
 
 The metrics take turns with the backward pass in one process, and ratios are taken pair by pair; the peaks are
-those of fresh processes. Rows are appended to --out as JSON lines.
+those of fresh processes, on CUDA those of the device's allocator. Rows are appended to --out as JSON lines.
 """
 
 import argparse
@@ -67,12 +67,26 @@ def timed(call):
     return time.perf_counter() - start, result
 
 
-def peak(args, metric):
-    """Peak memory, in bytes, of a fresh process that scores by `metric`."""
+def peak(args, metric, model, batches):
+    """`measure` on the device, or else in a fresh process."""
+    if args.device == "cuda":
+        return measure(args, metric, model, batches)
     argv = [sys.executable, __file__, "--only", metric]
     for name in ("model", "device", "examples", "batch", "tokens"):
         argv += [f"--{name}", str(getattr(args, name))]
     return int(fresh(argv))
+
+
+def measure(args, metric, model, batches):
+    """Peak memory, in bytes, of scoring by `metric`, model included; of "select", what it adds to the scores."""
+    scores = score(model, batches, "random") if metric == "select" else None
+    forget_peak(args)  # of reading the corpora
+    before = held(args)
+    if metric == "select":
+        speft.select(scores, 0.01, "global")
+        return held(args) - before
+    score(model, batches, metric)
+    return held(args)
 
 
 def fresh(argv):
@@ -95,9 +109,7 @@ def main():
     args = parser.parse_args()
     model, batches = load(args)
     if args.only:
-        forget_peak(args)  # of reading the corpora
-        score(model, batches, args.only)
-        print(held(args))
+        print(measure(args, args.only, model, batches))
         return
     times = {name: [] for name in ("backward", *args.metrics)}
     for _ in range(args.repetitions):
@@ -109,8 +121,13 @@ def main():
     )
     yardstick = statistics.median(times["backward"])
     print(f"{args.model}: {args.examples} x {args.tokens} tokens; selecting 1% takes {selection:.2f} s")
-    bare, held_by_passes = peak(args, "load"), peak(args, "activations")
+    del scores
+    names = ("load", "select", *times, "activations")  # in this order: the last changes the model
+    peaks = {name: peak(args, name, model, batches) for name in names}
+    bare, held_by_passes = peaks["load"], peaks["activations"]
     layers = speft.linear_layers(model).values()
+    share = peaks["select"] / sum(4 * layer.weight.numel() for layer in layers)
+    print(f"and {share:.1%} of the scores' memory, the indices included")
     largest = max(layer.weight.nbytes for layer in layers)
     bound = held_by_passes + sum(4 * layer.weight.numel() for layer in layers) + 2 * largest
     print(f"the passes, the scores and two layers' gradients: {(bound - bare) / 1e6:,.0f} MB above the model")
@@ -121,8 +138,8 @@ def main():
                 "examples": args.examples,
                 "tokens": args.tokens, "seconds": statistics.median(mine),
                 "ratio": statistics.median(a / b for a, b in zip(mine, times["backward"])),
-                "peak_memory_bytes": peak(args, name), "loaded_bytes": bare, "bound_bytes": bound,
-                "select_seconds": selection,
+                "peak_memory_bytes": peaks[name], "loaded_bytes": bare, "bound_bytes": bound,
+                "select_seconds": selection, "select_peak_bytes": peaks["select"],
             }  # fmt: skip
             print(f"  {name:10} {row['seconds']:7.2f} s  {row['ratio']:5.2f} x the backward pass "
                   f"({yardstick:.2f} s)  "

@@ -171,7 +171,7 @@ def saved_bytes(model, batch):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that kept itself would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = losses(model, batch).mean()
@@ -245,8 +245,10 @@ def compare(model, batches, mask, density, indices, args):
     print(f"{args.model} {mask} {density}: {entries:,} entries; gradients differ by {error:.1e} at most")
     if not error <= (1e-5 if args.dtype == "float32" else 0.1):  # so that NaN is refused, too
         raise SystemExit("the gradients are wrong: nothing was timed")
-    rows, ready = [], {}
+    rows, ready, peaks = [], {}, {}
     for name in args.variants:
+        gc.collect()
+        others = torch.cuda.memory_allocated() if args.device == "cuda" else 0
         copied = copy.deepcopy(model)
         try:
             parameters = VARIANTS[name](copied, indices, density)
@@ -254,7 +256,10 @@ def compare(model, batches, mask, density, indices, args):
             print(f"{name}: left out ({missing})")
             continue
         optimizer = optimizer_for(parameters)
-        step(copied, optimizer, batches[0])  # warm up
+        score.forget_peak(args)  # of the making
+        for _ in range(2):
+            step(copied, optimizer, batches[0])  # warm up
+        peaks[name] = score.held(args) - others if args.device == "cuda" else None
         ready[name] = copied, optimizer
         state = optimizer.state.values() if optimizer else []
         rows.append({
@@ -281,7 +286,7 @@ def compare(model, batches, mask, density, indices, args):
         row["ratios"] = {name: statistics.median(a / b for a, b in zip(mine, theirs))
                          for name, theirs in times.items()}  # fmt: skip
         row |= data.environment(args.device) | {"threads": torch.get_num_threads()}
-        row["peak_memory_bytes"] = None
+        row["peak_memory_bytes"] = peaks[row["variant"]]
     return rows
 
 
@@ -298,7 +303,9 @@ def main():
     parser.add_argument("--tokens", type=int, default=160, help="tokens an example")
     parser.add_argument("--batches", type=int, default=11, help="batches to score with and to step through")
     parser.add_argument("--repetitions", type=int, default=11)
-    parser.add_argument("--peak", action="store_true", help="also measure peak memory, in fresh processes")
+    parser.add_argument(
+        "--peak", action="store_true", help="on a CPU: also measure peaks, in fresh processes"
+    )
     parser.add_argument("--cache", default="/tmp/speft-step-masks.pt", help="where the masks go for --peak")
     parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--out", default=str(ROOT / "data/results/step.jsonl"))
@@ -313,7 +320,7 @@ def main():
         give_back_memory()
         rows = compare(model, batches, mask, density, indices, args)
         for row in rows:
-            if args.peak:
+            if args.peak and args.device == "cpu":
                 row["peak_memory_bytes"] = resident_peak(args, row["variant"], mask, density)
             ratios = "  ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
             peak = (row["peak_memory_bytes"] or 0) / 1e6
