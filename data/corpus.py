@@ -30,7 +30,10 @@ def load_corpus(name):
 
 @functools.cache
 def _sources():
-    """{relative path: (source lines, syntax tree)} of the standard library's modules."""
+    """{relative path: (source lines, `_docstrings`)} of the standard library's modules.
+
+    The syntax trees are let go: two million objects, which the garbage collector would walk again and again.
+    """
     sources = {}
     for path in sorted(STDLIB.rglob("*.py")):
         relative = path.relative_to(STDLIB).as_posix()
@@ -43,7 +46,7 @@ def _sources():
                 tree = ast.parse(text)
         except (UnicodeDecodeError, SyntaxError):
             continue  # a few files are deliberately in another encoding or another Python
-        sources[relative] = text.splitlines(), tree
+        sources[relative] = text.splitlines(), list(_docstrings(tree))
     return sources
 
 
@@ -57,9 +60,9 @@ def _docstrings(tree):
 
 def _stdlib():
     corpus = {"train": [], "val": [], "test": []}
-    for path, (lines, tree) in _sources().items():
+    for path, (lines, docstrings) in _sources().items():
         inside = set()
-        for _, node in _docstrings(tree):
+        for _, node in docstrings:
             inside.update(range(node.lineno, node.end_lineno + 1))
         text = "\n".join(line.rstrip() for number, line in enumerate(lines, 1) if number not in inside)
         corpus[split_of(path, held_out=0.04)].append(text.strip() + "\n")
@@ -68,8 +71,8 @@ def _stdlib():
 
 def _prose():
     documents = [(f"topic {name}", text) for name, text in sorted(topics.topics.items())]
-    for path, (_, tree) in _sources().items():
-        documents += [(path + name, node.value.value) for name, node in _docstrings(tree)]
+    for path, (_, docstrings) in _sources().items():
+        documents += [(path + name, node.value.value) for name, node in docstrings]
     # A paragraph is kept only if no dozen of its words stands in `stdlib` or in an earlier paragraph: the
     # base has never read any of it, and train, validation and test share nothing.
     seen = set()

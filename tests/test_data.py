@@ -3,6 +3,7 @@
 import collections
 import errno
 import io
+import itertools
 import lzma
 import os
 import random
@@ -35,10 +36,10 @@ def test_documents_and_long_runs_of_words_are_in_one_place_only():
     code, english = load_corpus("stdlib"), load_corpus("prose")
     places = {f"prose {split}": documents for split, documents in english.items()}
     places["stdlib"] = code["train"] + code["val"] + code["test"]
-    seen = {}
-    for place, documents in places.items():
-        for run in set().union(*map(windows, documents)):
-            assert seen.setdefault(run, place) == place, run
+    runs = {place: set().union(*map(windows, documents)) for place, documents in places.items()}
+    for one, other in itertools.combinations(runs, 2):
+        assert min(len(runs[one]), len(runs[other])) > 1000
+        assert runs[one].isdisjoint(runs[other]), (one, other, runs[one] & runs[other])
 
 
 def test_the_corpora_are_of_a_useful_size_and_stable():

@@ -55,7 +55,7 @@ def stop_after(monkeypatch, step):
     monkeypatch.setattr(train, "show_progress", shown)
 
 
-@pytest.mark.parametrize(("kind", "step"), zip(KINDS, (3, 5, 4, 2)))  # 4: a new mask is due
+@pytest.mark.parametrize(("kind", "step"), list(zip(KINDS, (3, 5, 4, 2))))  # 4: a new mask is due
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, capsys, kind, step):
     flags = KINDS[kind].split()
     whole = run(tmp_path / "whole", *flags)
@@ -219,8 +219,9 @@ def test_a_run_starts_from_an_adapter(trained, tmp_path, capsys):
     model = GPT.from_pretrained("base")
     speft.load_adapter(model, data.read_adapter(tmp_path / "more" / "adapter.pt", model.fingerprint()))
     assert learned(tmp_path / "more") != learned(out)
-    assert sum(len(layer.known) for layer in model.modules() if isinstance(layer, speft.SparseLinear)) > (
-        result["trained"]
+    assert (
+        sum(len(layer.known) for layer in model.modules() if isinstance(layer, speft.SparseLinear))
+        > (result["trained"])
     )
 
 

@@ -53,43 +53,43 @@ def told(row):
     return f"{row['val_after']:.3f} ({forgetting:.2f})"
 
 
-def cpu_rows(benchmark):
-    """The rows of a benchmark's results that were measured on a CPU."""
+def rows_of(benchmark, device):
+    """The rows of a benchmark's results that were measured on this kind of device."""
     rows = map(json.loads, (RESULTS / f"{benchmark}.jsonl").read_text().splitlines())
-    return [row for row in rows if row.get("device", "cpu") == "cpu"]
+    return [row for row in rows if row.get("device", "cpu") == device]
 
 
 def megabytes(count):
     return "not measured" if count is None else f"{count / 1e6:,.0f}"
 
 
-def step_table():
+def step_table(device):
     """The step benchmark's rows, a density and mask after the other."""
-    lines = [
-        "| density, mask | variant | trained | step / LoRA's | / full | / frozen | saved, MB | peak, MB | "
-        "faulted, MB |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in cpu_rows("step"):
+    on_cpu = device == "cpu"
+    head = "| density, mask | variant | trained | step / LoRA's | / full | / frozen | saved, MB | peak, MB |"
+    lines = [head + " faulted, MB |" * on_cpu, "| --- | --- |" + " ---: |" * (6 + on_cpu)]
+    for row in rows_of("step", device):
         ratios = [row["ratios"].get(name) for name in ("lora", "full", "frozen")]
         ratios = " | ".join("not timed" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
-        kept = ", memory kept" if row["allocator"] != "default" else ""
+        setting = f"{row['density']:g}, {row['mask']}"
+        setting += ", memory kept" if on_cpu and row["allocator"] != "default" else ""
+        setting += f", {row['model']}" if row["model"] != "smollm2" else ""
         counts = row["saved_bytes"], row["peak_memory_bytes"], row["page_faults"] * 4096
+        cells = map(megabytes, counts if on_cpu else counts[:2])
         lines.append(
-            f"| {row['density']:g}, {row['mask']}{kept} | {row['variant']} | {row['trained']:,} | {ratios} | "
-            f"{' | '.join(map(megabytes, counts))} |"
+            f"| {setting} | {row['variant']} | {row['trained']:,} | {ratios} | {' | '.join(cells)} |"
         )
     return lines
 
 
-def score_table():
+def score_table(device):
     """The scoring benchmark's rows."""
     lines = ["| metric | s | × the backward pass | peak above the model, MB |"]
     lines.append("| --- | ---: | ---: | ---: |")
-    for row in cpu_rows("score"):
+    for row in rows_of("score", device):
         peak = row["peak_memory_bytes"]
         above = megabytes(peak and peak - row["loaded_bytes"])
-        lines.append(f"| {row['metric']} | {row['seconds']:.1f} | {row['ratio']:.2f} | {above} |")
+        lines.append(f"| {row['metric']} | {row['seconds']:.2f} | {row['ratio']:.2f} | {above} |")
     return lines
 
 
@@ -98,8 +98,10 @@ TABLES = {
     "prose": lambda: study_table("prose"),
     "smollm2 rates": lambda: rates_table("smollm2", [chosen for chosen, _ in compare.runs("smollm2")]),
     "smollm2": lambda: study_table("smollm2"),
-    "step": step_table,
-    "score": score_table,
+    "step": lambda: step_table("cpu"),
+    "step on cuda": lambda: step_table("cuda"),
+    "score": lambda: score_table("cpu"),
+    "score on cuda": lambda: score_table("cuda"),
 }
 
 
