@@ -276,11 +276,12 @@ def select(scores, density, scope):
 
 
 def _top(scores, count):
-    """The flat indices of the `count` largest scores, from copies of no more than 1.5 `count` and a layer."""
+    """The flat indices of the `count` largest scores, held: a few times 1.5 `count` of them and a layer's."""
     top, least, indices = [], math.nan, {}
     for score in scores.values():
-        # What is no larger than the least of the largest so far cannot raise it. Nothing compares with nan.
-        top.append(score[~(score <= least)].cpu().numpy())
+        # What is no larger than the least of the largest so far cannot raise it. At first, with nan, every
+        # comparison is false: all scores pass.
+        top.append(score[~(score <= least)].detach().cpu().numpy())
         if sum(map(len, top)) >= 1.5 * count:
             top = [np.sort(np.concatenate(top))[-count:]]
             least = float(top[0][0])
@@ -322,7 +323,7 @@ class SparseLinear(nn.Linear):
         before, total = self.known, self.total()
         weight[before] = self.original  # for a moment the layer is its original self
         self.index = index.to(weight.device, torch.int64, copy=True)
-        self.known = torch.cat((before, self.index)).unique() if len(before) else self.index
+        self.known = torch.cat((before, self.index)).unique()
         self.place = torch.searchsorted(self.known, self.index)
         self.original = weight[self.known]
         self.carried = torch.zeros_like(self.original, dtype=torch.float32)
@@ -351,11 +352,12 @@ class SparseLinear(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
     def plan(self):
-        """`cover` of the mask, found again only if `index` has changed, be it in place (by a state dict)."""
-        mask, version = self.index, self.index._version
-        if self.planned is None or self.planned[0] is not mask or self.planned[1] != version:
-            self.planned = mask, version, cover(mask, *self.weight.shape)
-        return self.planned[2]
+        """`cover` of the mask, found again only if `index` is another tensor or has changed in place."""
+        key = self.index.data_ptr(), self.index._version
+        if self.planned is None or self.planned[0] != key:
+            # The tensor is kept, so that no other can come to stand at its address.
+            self.planned = key, cover(self.index, *self.weight.shape), self.index
+        return self.planned[1]
 
     def plain(self):
         """Become an nn.Linear again, with the weight as it stands."""
@@ -404,7 +406,8 @@ def cover(index, n_rows, n_columns):
         if len(crowded) == n_columns:
             return n_rows * n_columns  # the dense product copies nothing
         # Counted in entries, as measured on a CPU: reading all of dy costs as much as 16 columns, copying a
-        # line of x or dy as much as 64 entries. On CUDA it counts that three kernels more are started.
+        # line of x or dy as much as 64 entries. On CUDA up to three kernels more than for the dense product
+        # have to be started, at some thousand tokens for the time of 2^19 entries.
         whole = n_rows * (len(crowded) + 16) + 64 * len(crowded) if len(crowded) else 0
         return whole + len(others) * len(rows) + 64 * (len(others) + len(rows)) + 2**19 * index.is_cuda
 

@@ -1,5 +1,7 @@
 """The part of the weight's gradient that `speft.cover` plans is the dense one's, and small where it pays."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn as nn
@@ -134,6 +136,24 @@ def test_on_cuda_a_small_layer_takes_the_dense_product(kind, shape, dense):
         assert places.tolist() == [flat % shape[1] * shape[0] + flat // shape[1] for flat in index.tolist()]
     else:
         assert torch.equal(places, cover(index, *shape)[0])
+
+
+def test_a_copy_of_a_layer_that_was_given_another_mask_forms_that_masks_gradient():
+    generator = torch.Generator().manual_seed(4)
+    shape = (120, 90)
+    masks = [a_mask("random", shape, generator) for _ in range(2)]
+    layer, _ = covered_layer(shape, masks[0])
+    other, _ = covered_layer(shape, masks[1])
+    layer = copy.deepcopy(layer)
+    x = torch.randn(5, 90, generator=generator)
+    layer(x)  # plans the first mask
+    layer.load_state_dict(other.state_dict())
+    layer = copy.deepcopy(layer)
+    dy = torch.randn(5, 120, generator=generator)
+    layer(x).backward(dy)
+    want = (dy.T @ x).view(-1)[masks[1]]
+    assert torch.equal(layer.index, masks[1])
+    assert (layer.delta.grad - want).norm() <= 1e-5 * want.norm()
 
 
 def saved_for_backward(layer, x):

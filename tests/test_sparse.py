@@ -267,6 +267,12 @@ def test_select_counts_row_major_also_for_non_contiguous_scores(scope):
     assert {n: i.tolist() for n, i in select(scores, 0.3, scope).items()} == by_sorting(scores, 0.3, scope)
 
 
+def test_select_takes_scores_that_require_a_gradient():
+    scores = {"a": torch.randn(30, 20)}
+    wanted = select(scores, 0.1, "global")["a"]
+    assert torch.equal(select({"a": scores["a"].requires_grad_()}, 0.1, "global")["a"], wanted)
+
+
 def test_select_local_keeps_at_least_one_weight_of_each_layer():
     masks = select({"a": torch.rand(2, 2), "b": torch.tensor([[0.0, 2.0, 1.0]])}, 0.01, "local")
     assert len(masks["a"]) == 1 and masks["b"].tolist() == [1]

@@ -113,7 +113,8 @@ def gather(model, indices, density):
         n_rows, n_columns = layer.weight.shape
         places = layer.index % n_columns * n_rows + layer.index // n_columns  # in the whole of xᵀ dy
         columns = torch.arange(n_columns, device=places.device)
-        layer.planned = layer.index, layer.index._version, (places, columns, n_columns, columns[:0])
+        key = layer.index.data_ptr(), layer.index._version
+        layer.planned = key, (places, columns, n_columns, columns[:0]), layer.index
     return deltas
 
 
