@@ -276,7 +276,7 @@ def select(scores, density, scope):
 
 
 def _top(scores, count):
-    """The flat indices of the `count` largest scores; what is copied at a time is some `count` and a layer."""
+    """The flat indices of the `count` largest scores, with copies of about `count` and a layer at a time."""
     top, least, indices = [], math.nan, {}
     for score in scores.values():
         # What is no larger than the least of the largest so far cannot raise it. At first, with nan, every
