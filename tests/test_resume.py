@@ -219,10 +219,8 @@ def test_a_run_starts_from_an_adapter(trained, tmp_path, capsys):
     model = GPT.from_pretrained("base")
     speft.load_adapter(model, data.read_adapter(tmp_path / "more" / "adapter.pt", model.fingerprint()))
     assert learned(tmp_path / "more") != learned(out)
-    assert (
-        sum(len(layer.known) for layer in model.modules() if isinstance(layer, speft.SparseLinear))
-        > (result["trained"])
-    )
+    layers = [layer for layer in model.modules() if isinstance(layer, speft.SparseLinear)]
+    assert sum(len(layer.known) for layer in layers) > result["trained"]
 
 
 def test_flipped_and_missing_bytes_are_always_noticed(trained, tmp_path):

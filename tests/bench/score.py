@@ -78,7 +78,7 @@ def peak(args, metric, model, batches):
 
 
 def measure(args, metric, model, batches):
-    """Peak memory, in bytes, of scoring by `metric`, model included; of "select", what it adds to the scores."""
+    """Peak memory of scoring by `metric`, in bytes, model included; "select": what it adds to the scores."""
     scores = score(model, batches, "random") if metric == "select" else None
     forget_peak(args)  # of reading the corpora
     before = held(args)

@@ -214,7 +214,7 @@ def masks(model, batches, args):
 
 
 def give_back_memory():
-    """What the models of the last comparison held: glibc keeps it, and soon would have kept all there is."""
+    """Free the models of the last comparison, and have glibc return to the system what they held."""
     gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
