@@ -79,109 +79,133 @@ def logits_of(model):
 # --- an independent reading of the same checkpoints: numpy, one head, one position at a time ---
 
 
-def plain_logits(config, tensors, ids):
-    """The logits (T, vocab) of one sequence, straight from config.json and the stored tensors."""
-    kind = config["model_type"]
-    get = {name: tensor.double().numpy() for name, tensor in tensors.items()}
-    first = {"gpt2": "transformer.", "opt": "model.decoder."}.get(kind, "model.")
+class Plain:
+    """The five families once more: one vector at a time, from config.json and the tensors under stored names."""
 
-    def linear(x, name):
-        weight = get[name + ".weight"]
-        y = x @ weight if kind == "gpt2" else x @ weight.T
-        return y + get[name + ".bias"] if name + ".bias" in get else y
+    NAMES = {  # of the parts that Llama, Mistral and Qwen2 call otherwise
+        "gpt2": dict(first="transformer.", wte="wte", block="h.", norm1="ln_1", norm2="ln_2", out="attn.c_proj",
+                     up="mlp.c_fc", down="mlp.c_proj", norm="ln_f"),
+        "opt": dict(first="model.decoder.", norm1="self_attn_layer_norm", norm2="final_layer_norm",
+                    out="self_attn.out_proj", up="fc1", down="fc2", norm="final_layer_norm"),
+    }  # fmt: skip
+    LLAMA = dict(first="model.", wte="embed_tokens", block="layers.", norm1="input_layernorm",
+                 norm2="post_attention_layernorm", out="self_attn.o_proj", gate="mlp.gate_proj", up="mlp.up_proj",
+                 down="mlp.down_proj", norm="norm")  # fmt: skip
 
-    def norm(x, name):
-        if kind in ("llama", "mistral", "qwen2"):
-            return x / math.sqrt(np.mean(x * x) + config["rms_norm_eps"]) * get[name + ".weight"]
-        scale = math.sqrt(x.var() + config.get("layer_norm_epsilon", 1e-5))
-        return (x - x.mean()) / scale * get[name + ".weight"] + get[name + ".bias"]
+    def __init__(self, config, tensors):
+        self.config, self.kind = config, config["model_type"]
+        self.get = {name: tensor.double().numpy() for name, tensor in tensors.items()}
+        self.names = self.LLAMA | self.NAMES.get(self.kind, {})
+        self.hidden = config.get("n_embd") or config["hidden_size"]
+        self.n_layer = config.get("n_layer") or config["num_hidden_layers"]
+        self.n_head = config.get("n_head") or config["num_attention_heads"]
+        self.n_kv = config.get("num_key_value_heads") or self.n_head
+        self.size = config.get("head_dim") or self.hidden // self.n_head
+        self.rotary = self.kind not in ("gpt2", "opt")
 
-    def activate(x):
-        name = config.get("hidden_act") or config["activation_function"]
+    def linear(self, x, name):
+        weight = self.get[name + ".weight"]
+        y = x @ weight if self.kind == "gpt2" else x @ weight.T
+        return y + self.get[name + ".bias"] if name + ".bias" in self.get else y
+
+    def norm(self, x, name):
+        weight = self.get[name + ".weight"]
+        if self.rotary:
+            return x / math.sqrt(np.mean(x * x) + self.config["rms_norm_eps"]) * weight
+        scale = math.sqrt(x.var() + self.config.get("layer_norm_epsilon", 1e-5))
+        return (x - x.mean()) / scale * weight + self.get[name + ".bias"]
+
+    def activate(self, x):
+        name = self.config.get("hidden_act") or self.config["activation_function"]
         if name == "relu":
             return np.maximum(x, 0)
         if name == "silu":
             return x / (1 + np.exp(-x))
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
-    def turn(x, position):
-        rope = config.get("rope_parameters") or {
-            "rope_theta": config["rope_theta"],
-            **(config["rope_scaling"] or {}),
+    def speed(self, i, half):
+        """By how much the i-th pair of channels turns from one position to the next."""
+        rope = self.config.get("rope_parameters") or {
+            "rope_theta": self.config["rope_theta"],
+            **(self.config["rope_scaling"] or {}),
         }
+        speed = rope["rope_theta"] ** (-i / half)
+        if rope.get("rope_type", "default") != "llama3":
+            return speed
+        wavelength, context = 2 * math.pi / speed, rope["original_max_position_embeddings"]
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        if wavelength > context / low:
+            return speed / rope["factor"]
+        if wavelength > context / high:
+            smooth = (context / wavelength - low) / (high - low)
+            return (1 - smooth) * speed / rope["factor"] + smooth * speed
+        return speed
+
+    def turn(self, x, position):
+        if not self.rotary:
+            return x
         half = len(x) // 2
         y = np.empty_like(x)
         for i in range(half):
-            speed = rope["rope_theta"] ** (-i / half)
-            if rope.get("rope_type", "default") == "llama3":
-                wavelength, context = 2 * math.pi / speed, rope["original_max_position_embeddings"]
-                low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-                if wavelength > context / low:
-                    speed /= rope["factor"]
-                elif wavelength > context / high:
-                    smooth = (context / wavelength - low) / (high - low)
-                    speed = (1 - smooth) * speed / rope["factor"] + smooth * speed
-            turned = complex(x[i], x[i + half]) * cmath.exp(1j * position * speed)
+            turned = complex(x[i], x[i + half]) * cmath.exp(1j * position * self.speed(i, half))
             y[i], y[i + half] = turned.real, turned.imag
         return y
 
-    hidden = config.get("n_embd") or config["hidden_size"]
-    n_layer = config.get("n_layer") or config["num_hidden_layers"]
-    n_head = config.get("n_head") or config["num_attention_heads"]
-    n_kv = config.get("num_key_value_heads") or n_head
-    size = config.get("head_dim") or hidden // n_head
-    embedding = get[first + ("wte" if kind == "gpt2" else "embed_tokens") + ".weight"]
-    xs = [embedding[i] for i in ids]
-    if kind == "gpt2":
-        xs = [x + get["transformer.wpe.weight"][t] for t, x in enumerate(xs)]
-    if kind == "opt":
-        xs = [x + get["model.decoder.embed_positions.weight"][t + 2] for t, x in enumerate(xs)]
-    rotary = kind not in ("gpt2", "opt")
-    for layer in range(n_layer):
-        block = first + ("h." if kind == "gpt2" else "layers.") + f"{layer}."
-        norms = {"gpt2": ("ln_1", "ln_2"), "opt": ("self_attn_layer_norm", "final_layer_norm")}
-        norm1, norm2 = norms.get(kind, ("input_layernorm", "post_attention_layernorm"))
-        queries, keys, values = [], [], []
+    def embed(self, ids):
+        table = self.get[self.names["first"] + self.names["wte"] + ".weight"]
+        xs = [table[i] for i in ids]
+        if self.kind == "gpt2":
+            xs = [x + self.get["transformer.wpe.weight"][t] for t, x in enumerate(xs)]
+        if self.kind == "opt":
+            xs = [x + self.get["model.decoder.embed_positions.weight"][t + 2] for t, x in enumerate(xs)]
+        return table, xs
+
+    def heads(self, x, block, position):
+        """The queries, keys and values of one position, each a list of heads."""
+        if self.kind == "gpt2":
+            q, k, v = np.split(self.linear(x, block + "attn.c_attn"), 3)
+        else:
+            q, k, v = (self.linear(x, block + f"self_attn.{part}_proj") for part in "qkv")
+        q, k, v = (np.split(part, len(part) // self.size) for part in (q, k, v))
+        return [self.turn(head, position) for head in q], [self.turn(head, position) for head in k], v
+
+    def attend(self, xs, block):
+        read = [self.heads(self.norm(x, block + self.names["norm1"]), block, t) for t, x in enumerate(xs)]
         for t, x in enumerate(xs):
-            x = norm(x, block + norm1)
-            if kind == "gpt2":
-                fused = linear(x, block + "attn.c_attn")
-                q, k, v = fused[:hidden], fused[hidden : 2 * hidden], fused[2 * hidden :]
-            else:
-                q, k, v = (linear(x, block + f"self_attn.{part}_proj") for part in "qkv")
-            heads = [q[h * size : (h + 1) * size] for h in range(n_head)]
-            kv_heads = [k[h * size : (h + 1) * size] for h in range(n_kv)]
-            queries.append([turn(head, t) if rotary else head for head in heads])
-            keys.append([turn(head, t) if rotary else head for head in kv_heads])
-            values.append([v[h * size : (h + 1) * size] for h in range(n_kv)])
-        out = {"gpt2": "attn.c_proj", "opt": "self_attn.out_proj"}.get(kind, "self_attn.o_proj")
-        for t in range(len(xs)):
             mixed = []
-            for h in range(n_head):
-                shared = h // (n_head // n_kv)
-                scores = [queries[t][h] @ keys[s][shared] / math.sqrt(size) for s in range(t + 1)]
+            for h in range(self.n_head):
+                shared = h // (self.n_head // self.n_kv)
+                scores = [read[t][0][h] @ keys[shared] / math.sqrt(self.size) for _, keys, _ in read[: t + 1]]
                 share = np.exp(np.array(scores) - max(scores))
-                mixed.append(sum(p * values[s][shared] for s, p in enumerate(share / share.sum())))
-            xs[t] = xs[t] + linear(np.concatenate(mixed), block + out)
-        for t, x in enumerate(xs):
-            x = norm(x, block + norm2)
-            if rotary:
-                inner = activate(linear(x, block + "mlp.gate_proj")) * linear(x, block + "mlp.up_proj")
-                x = linear(inner, block + "mlp.down_proj")
-            else:
-                up, down = ("mlp.c_fc", "mlp.c_proj") if kind == "gpt2" else ("fc1", "fc2")
-                x = linear(activate(linear(x, block + up)), block + down)
-            xs[t] = xs[t] + x
-    last = {"gpt2": "ln_f", "opt": "final_layer_norm"}.get(kind, "norm")
-    head = get.get("lm_head.weight", embedding)
-    return torch.tensor(np.array([head @ norm(x, first + last) for x in xs]))
+                share /= share.sum()
+                mixed.append(sum(p * values[shared] for p, (_, _, values) in zip(share, read)))
+            yield x + self.linear(np.concatenate(mixed), block + self.names["out"])
+
+    def feed_forward(self, x, block):
+        normed = self.norm(x, block + self.names["norm2"])
+        inner = self.linear(normed, block + self.names["up"])
+        if self.rotary:
+            inner = self.activate(self.linear(normed, block + self.names["gate"])) * inner
+        else:
+            inner = self.activate(inner)
+        return x + self.linear(inner, block + self.names["down"])
+
+    def logits(self, ids):
+        """(T, vocab) for one sequence of T tokens."""
+        table, xs = self.embed(ids)
+        for layer in range(self.n_layer):
+            block = f"{self.names['first']}{self.names['block']}{layer}."
+            xs = [self.feed_forward(x, block) for x in self.attend(xs, block)]
+        head = self.get.get("lm_head.weight", table)
+        last = self.names["first"] + self.names["norm"]
+        return torch.tensor(np.array([head @ self.norm(x, last) for x in xs]))
 
 
 @pytest.mark.parametrize("title", MODELS)
 def test_families(title, tmp_path):
     config, tensors = MODELS[title]["config"], weights_of(title)
     logits = logits_of(GPT.from_pretrained(write(tmp_path, config, tensors)))
-    expected = torch.stack([plain_logits(config, tensors, ids) for ids in FIXTURE["ids"]])
+    expected = torch.stack([Plain(config, tensors).logits(ids) for ids in FIXTURE["ids"]])
     torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-5)
     library = torch.tensor(MODELS[title]["logits"])
     torch.testing.assert_close(logits[:, [0, 5, 11]], library, rtol=0, atol=1e-5)
@@ -202,7 +226,7 @@ def test_written_and_read_back(title, tmp_path):
     assert stored.keys() == MODELS[title]["shapes"].keys()  # the names that the library writes
     described = json.loads((tmp_path / "b" / "config.json").read_text())
     expected = torch.stack(
-        [plain_logits(described, {n: load() for n, load in stored.items()}, ids) for ids in IDS]
+        [Plain(described, {n: load() for n, load in stored.items()}).logits(ids) for ids in IDS]
     )
     torch.testing.assert_close(logits_of(model).double(), expected, rtol=0, atol=1e-5)
 

@@ -22,12 +22,27 @@ import torch  # noqa: E402
 # --- tables ---
 
 
+def plain(table, **wanted):
+    """The rows of the table that have these values and no flags of their own."""
+    return [row for row in table if row["flags"] == "" and all(row[key] == wanted[key] for key in wanted)]
+
+
 def study_table(study):
     """The study's table, and what it took: every cell is a run of one thread."""
     results = compare.Results(study)
     hours = sum(row.get("seconds", 0) for row in results.rows) / 3600
     took = f"{len(results.rows)} runs, {hours:.1f} hours of one core."
     return [*compare.table_lines(compare.summaries(results)), "", took]
+
+
+def core_table(study, density):
+    """Of the study's table full fine-tuning, and at this density the baselines and the static global masks."""
+    table = compare.summaries(compare.Results(study))
+    rows = plain(table, method="sparse", density=density, scope="global", mask="static")
+    for method in ("lora", "pissa", "random block"):
+        rows += plain(table, method=method, density=density)
+    rows += plain(table, method="full")
+    return compare.table_lines(sorted(rows, key=lambda row: row["test_after"]))
 
 
 def rates_table(study, settings):
@@ -63,12 +78,12 @@ def megabytes(count):
     return "not measured" if count is None else f"{count / 1e6:,.0f}"
 
 
-def step_table(device):
-    """The step benchmark's rows, a density and mask after the other."""
+def step_table(device, chosen=lambda row: True):
+    """The step benchmark's rows, a density and mask after the other; those that are `chosen`."""
     on_cpu = device == "cpu"
     head = "| density, mask | variant | trained | step / LoRA's | / full | / frozen | saved, MB | peak, MB |"
     lines = [head + " faulted, MB |" * on_cpu, "| --- | --- |" + " ---: |" * (6 + on_cpu)]
-    for row in rows_of("step", device):
+    for row in filter(chosen, rows_of("step", device)):
         ratios = [row["ratios"].get(name) for name in ("lora", "full", "frozen")]
         ratios = " | ".join("not timed" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
         setting = f"{row['density']:g}, {row['mask']}"
@@ -80,6 +95,13 @@ def step_table(device):
             f"| {setting} | {row['variant']} | {row['trained']:,} | {ratios} | {' | '.join(cells)} |"
         )
     return lines
+
+
+def at_one_percent(row):
+    """The rows for a first look: all variants with the gradient's 1%, and this project's layer otherwise."""
+    if row["allocator"] != "default":
+        return False
+    return (row["mask"], row["density"]) == ("grad", 0.01) or row["variant"].startswith("cover")
 
 
 def score_table(device):
@@ -95,10 +117,13 @@ def score_table(device):
 
 TABLES = {
     "rates": lambda: rates_table("prose", [*compare.SWEPT, compare.setting("full", None)]),
+    "prose at 1%": lambda: core_table("prose", 0.01),
     "prose": lambda: study_table("prose"),
     "smollm2 rates": lambda: rates_table("smollm2", [chosen for chosen, _ in compare.runs("smollm2")]),
     "smollm2": lambda: study_table("smollm2"),
+    "step at 1%": lambda: step_table("cpu", at_one_percent),
     "step": lambda: step_table("cpu"),
+    "step on cuda at 1%": lambda: step_table("cuda", at_one_percent),
     "step on cuda": lambda: step_table("cuda"),
     "score": lambda: score_table("cpu"),
     "score on cuda": lambda: score_table("cuda"),
@@ -117,11 +142,6 @@ def with_tables(readme):
 
 
 # --- figures ---
-
-
-def plain(table, **wanted):
-    """The rows of the table that have these values and no flags of their own."""
-    return [row for row in table if row["flags"] == "" and all(row[key] == wanted[key] for key in wanted)]
 
 
 def quality_against_density(axes, results, table):
