@@ -76,8 +76,9 @@ def parse_args(argv):
 
 def choose_mask(model, train, args, draw):
     """Score on the `draw`-th set of training examples; returns the mask, {module name: flat indices}."""
-    torch.manual_seed(args.seed + draw)
-    batches = train.draw(0, args.score_examples, args.seed + 1 + draw, args.batch_size)
+    seed = args.seed + 1000 * draw  # no two runs share a set, if their seeds are small
+    torch.manual_seed(seed)
+    batches = train.draw(0, args.score_examples, seed + 1, args.batch_size)
     scores = speft.salience(model, args.metric, batches, GPT.sample_losses, re.compile(args.layers).search)
     indices = speft.select(scores, args.density, args.scope)
     shares = {}

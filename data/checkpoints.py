@@ -282,8 +282,7 @@ def open_safetensors(path):
             raise InputError(f"{path}: the header should end at byte {start}, but the file has {size} bytes")
         header = parse_json(path, file.read(start - 8))
     header.pop("__metadata__", None)
-    tensors = {}
-    position = 0
+    tensors, position = {}, 0
     try:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             (begin, end), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], entry["shape"]

@@ -61,9 +61,7 @@ def _docstrings(tree):
 def _stdlib():
     corpus = {"train": [], "val": [], "test": []}
     for path, (lines, docstrings) in _sources().items():
-        inside = set()
-        for _, node in docstrings:
-            inside.update(range(node.lineno, node.end_lineno + 1))
+        inside = {n for _, node in docstrings for n in range(node.lineno, node.end_lineno + 1)}
         text = "\n".join(line.rstrip() for number, line in enumerate(lines, 1) if number not in inside)
         corpus[split_of(path, held_out=0.04)].append(text.strip() + "\n")
     return corpus

@@ -98,26 +98,28 @@ def write_progress(args, log, masks, params, optimizer):
 def read_progress(args):
     """The newest intact checkpoint of a run with these settings in the folder args.out, or None.
 
-    Of a run that had finished it has the "result". Warns of a damaged file; raises InputError if all
-    checkpoints are of other settings.
+    Of a run that had finished it has the "result". Warns of a damaged file; raises InputError if all there is
+    is of other settings.
     """
-    folder, found, different = Path(args.out), [], []
+    folder, found, different = Path(args.out), None, []
     after = {"merge": args.merge, "prompt": args.prompt}  # concern only what comes after the training
     own = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "checkpoint_every", *after)}
-    if (folder / "result.json").exists():
-        result = read_json(folder / "result.json")
-        if result.items() >= (own | after | {"steps_done": args.steps}).items():
-            return {"log": [None] * args.steps, "result": result}
-    for path in folder.glob("checkpoint-*.pt"):
+    paths = [*folder.glob("checkpoint-*.pt"), *folder.glob("result.json")]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
         try:
-            saved = read_tensors(path)
+            if path.suffix == ".pt":
+                saved, usable = read_tensors(path), True
+            else:
+                result = read_json(path)
+                saved = {"settings": result, "log": [None] * args.steps, "result": result}
+                usable = result.items() >= (after | {"steps_done": args.steps}).items()
             different = [name for name, value in own.items() if saved["settings"].get(name) != value]
-            found += [] if different else [saved]
+            found = saved if usable and not different else found
         except InputError as error:
             warnings.warn(f"{error}; going on from the one before", stacklevel=2)
     if different and not found:
         raise InputError(f"{folder}: the run to resume had another {', '.join(different)}")
-    return max(found, key=lambda saved: len(saved["log"]), default=None)
+    return found
 
 
 def write_json(path, value):

@@ -135,6 +135,35 @@ def test_a_checkpoint_takes_the_place_of_the_older_one(tmp_path, monkeypatch):
     assert kept == [[1], [1, 2], [2, 4]]
 
 
+def test_an_earlier_run_in_the_same_folder_is_not_resumed(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole", "--metric", "magnitude")
+    run(tmp_path / "cut", "--checkpoint-every", 3)  # leaves result.json and checkpoints of steps 3 and 6
+    monkeypatch.setitem(speft.METRICS, "grad", speft.magnitude)  # the reader changes the code, runs it again,
+    with monkeypatch.context() as patched:
+        show_progress = train.show_progress
+
+        def killed(row, steps):
+            show_progress(row, steps)
+            if row["step"] == 5:  # after the checkpoint of step 3
+                raise KeyboardInterrupt
+
+        patched.setattr(train, "show_progress", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut", "--checkpoint-every", 3)
+    resumed = run(tmp_path / "cut", "--resume")
+    assert resumed["val_after"] == whole["val_after"]
+    assert learned(tmp_path / "cut") == learned(tmp_path / "whole")
+
+
+def test_the_result_of_another_run_is_not_replaced_by_resuming(tmp_path, capsys):
+    run(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, "--resume", "--metric", "snip")
+    assert ended.value.code == 1 and "another metric" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("flags", ("--lr 1e-3", "--steps 9", "--data stdlib"))
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch, capsys, flags):
     with monkeypatch.context() as patched:
