@@ -108,14 +108,12 @@ def mean_gradient(model, weights, batches, loss_fn, power=1):
         mean[weight].add_(weight.grad.to(mean[weight]) ** power, alpha=share)
         weight.grad = None
 
-    handles = [weight.register_post_accumulate_grad_hook(consume) for weight in weights.values()]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for weight in weights.values():
+            hooks.enter_context(weight.register_post_accumulate_grad_hook(consume))
         for batch in batches:
             loss = loss_fn(model, batch)
             (loss.sum() if loss.dim() else loss * len(batch[0])).backward()
-    finally:
-        for handle in handles:
-            handle.remove()
     return mean
 
 
