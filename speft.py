@@ -42,8 +42,7 @@ def salience(model, metric, batches, loss_fn, layers=None):
         module.sync()
     weights = {name: module.weight for name, module in modules.items()}
     gpus = {weight.device for weight in weights.values() if weight.is_cuda}
-    random_state = contextlib.nullcontext() if metric == "random" else torch.random.fork_rng(gpus)
-    with random_state, torch.enable_grad(), _left_as_found(model):
+    with torch.random.fork_rng(gpus, metric != "random"), torch.enable_grad(), _left_as_found(model):
         for weight in weights.values():
             weight.requires_grad_(True)
         scores = METRICS[metric](model, weights, batches, loss_fn)
