@@ -67,21 +67,18 @@ def linear_layers(model, layers=None):
 @contextlib.contextmanager
 def _left_as_found(model):
     """Eval mode, no gradients and nothing that requires one; afterwards all is as it was, bit for bit."""
-    found = [(module, "training", module.training) for module in model.modules()]
-    for module in model.modules():
-        found += [(module, name, buffer) for name, buffer in module.named_buffers(recurse=False)]
-    for parameter in model.parameters():
-        found += [(parameter, name, getattr(parameter, name)) for name in ("requires_grad", "grad")]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    model.eval().requires_grad_(False)
-    model.zero_grad()
-    try:
+    with contextlib.ExitStack() as afterwards:
+        for parameter in model.parameters():
+            afterwards.callback(setattr, parameter, "requires_grad", parameter.requires_grad)
+            afterwards.callback(setattr, parameter, "grad", parameter.grad)
+        for module in model.modules():
+            afterwards.callback(setattr, module, "training", module.training)
+            for name, buffer in module.named_buffers(recurse=False):
+                afterwards.callback(setattr, module, name, buffer)
+                afterwards.callback(buffer.data.copy_, buffer.clone())
+        model.eval().requires_grad_(False)
+        model.zero_grad()
         yield
-    finally:
-        for owner, name, value in found:
-            setattr(owner, name, value)
-        for buffer, content in buffers:
-            buffer.data.copy_(content)
 
 
 def _in_range(scores, power=1):
