@@ -92,7 +92,7 @@ def _in_range(scores, power=1):
 
 
 def mean_gradient(model, weights, batches, loss_fn, power=1):
-    """{weight: g}, the gradient of the mean loss over all samples, from one backward pass a batch.
+    """{name: g}, the gradient of the mean loss over all samples, from one backward pass a batch.
 
     With a power, the mean of the samples' gradients to that power, where every batch is one sample. A
     gradient is used and freed as soon as it has been produced: memory holds one layer's at a time.
@@ -110,13 +110,13 @@ def mean_gradient(model, weights, batches, loss_fn, power=1):
         for batch in batches:
             loss = loss_fn(model, batch)
             (loss.sum() if loss.dim() else loss * len(batch[0])).backward()
-    return mean
+    return {name: mean[w] for name, w in weights.items()}
 
 
 def _gradient_times_weight(model, weights, batches, loss_fn):
     """{name: g ⊙ θ}, rounded to float32 once, so that all metrics made from it agree on which entries tie."""
     g = mean_gradient(model, weights, batches, loss_fn)
-    product = _in_range({name: g[w].mul_(w.detach()) for name, w in weights.items()})
+    product = _in_range({name: g[name].mul_(w.detach()) for name, w in weights.items()})
     return {name: p.float() for name, p in product.items()}
 
 
@@ -132,8 +132,7 @@ def magnitude(model, weights, batches, loss_fn):
 
 def grad(model, weights, batches, loss_fn):
     """abs(g)"""
-    g = mean_gradient(model, weights, batches, loss_fn)
-    return {name: g[w].abs_() for name, w in weights.items()}
+    return {name: g.abs_() for name, g in mean_gradient(model, weights, batches, loss_fn).items()}
 
 
 def snip(model, weights, batches, loss_fn):
@@ -161,14 +160,14 @@ def grasp(model, weights, batches, loss_fn):
 
     def slope(model, batch):
         loss = loss_fn(model, batch).mean()
-        along = torch.autograd.grad(loss, list(g), create_graph=True, materialize_grads=True)
+        along = torch.autograd.grad(loss, list(weights.values()), create_graph=True, materialize_grads=True)
         # 0 · loss: where the loss is linear in the weights, the slope depends on none of them.
-        return sum((part * g[w]).sum() for w, part in zip(g, along)) + 0 * loss
+        return sum((part * held).sum() for part, held in zip(along, g.values())) + 0 * loss
 
     # Fused attention has no second derivative.
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         product = mean_gradient(model, weights, batches, slope)
-    return {name: product[w].mul_(w.detach()).neg_() for name, w in weights.items()}
+    return {name: product[name].mul_(w.detach()).neg_() for name, w in weights.items()}
 
 
 def fisher(model, weights, batches, loss_fn):
@@ -177,8 +176,7 @@ def fisher(model, weights, batches, loss_fn):
     By definition: a backward pass a sample.
     """
     samples = [tuple(part[n : n + 1] for part in batch) for batch in batches for n in range(len(batch[0]))]
-    square = mean_gradient(model, weights, samples, loss_fn, power=2)
-    return {name: square[w] for name, w in weights.items()}
+    return mean_gradient(model, weights, samples, loss_fn, power=2)
 
 
 def synflow(model, weights, batches, loss_fn):
