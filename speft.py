@@ -113,13 +113,6 @@ def mean_gradient(model, weights, batches, loss_fn, power=1):
     return {name: mean[w] for name, w in weights.items()}
 
 
-def _gradient_times_weight(model, weights, batches, loss_fn):
-    """{name: g ⊙ θ}, rounded to float32 once, so that all metrics made from it agree on which entries tie."""
-    g = mean_gradient(model, weights, batches, loss_fn)
-    product = _in_range({name: g[name].mul_(w.detach()) for name, w in weights.items()})
-    return {name: p.float() for name, p in product.items()}
-
-
 def random(model, weights, batches, loss_fn):
     """Uniform in [0, 1): the control. Drawn on the CPU, so that every device gets the same mask."""
     return {name: torch.rand(w.shape).to(w.device) for name, w in weights.items()}
@@ -135,19 +128,21 @@ def grad(model, weights, batches, loss_fn):
     return {name: g.abs_() for name, g in mean_gradient(model, weights, batches, loss_fn).items()}
 
 
+def force(model, weights, batches, loss_fn):
+    """−g ⊙ θ, rounded to float32 once, so that the metrics made from it agree on which entries tie."""
+    g = mean_gradient(model, weights, batches, loss_fn)
+    product = _in_range({name: g[name].mul_(w.detach()).neg_() for name, w in weights.items()})
+    return {name: p.float() for name, p in product.items()}
+
+
 def snip(model, weights, batches, loss_fn):
     """abs(g ⊙ θ)"""
-    return {name: p.abs_() for name, p in _gradient_times_weight(model, weights, batches, loss_fn).items()}
-
-
-def force(model, weights, batches, loss_fn):
-    """−g ⊙ θ"""
-    return {name: p.neg_() for name, p in _gradient_times_weight(model, weights, batches, loss_fn).items()}
+    return {name: p.abs_() for name, p in force(model, weights, batches, loss_fn).items()}
 
 
 def taylor(model, weights, batches, loss_fn):
     """(g ⊙ θ)²: ranks exactly like SNIP."""
-    product = _gradient_times_weight(model, weights, batches, loss_fn)
+    product = force(model, weights, batches, loss_fn)
     return {name: p.square_() for name, p in _in_range(product, power=2).items()}
 
 
