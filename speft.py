@@ -32,15 +32,14 @@ def salience(model, metric, batches, loss_fn, layers=None):
     """
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}: choose from {', '.join(METRICS)}")
-    modules = linear_layers(model, layers)
-    if not modules:
+    weights = {name: module.weight for name, module in linear_layers(model, layers).items()}
+    if not weights:
         raise ValueError("no linear layer to score: none matches `layers`, or every weight is shared")
     batches = list(batches or ())
     if metric not in ("random", "magnitude") and not any(len(batch[0]) for batch in batches):
         raise ValueError(f"metric {metric!r} needs data, and `batches` is empty")
     for _, module in _sparse_layers(model):
         module.sync()
-    weights = {name: module.weight for name, module in modules.items()}
     gpus = {weight.device for weight in weights.values() if weight.is_cuda}
     with torch.random.fork_rng(gpus, metric != "random"), torch.enable_grad(), _left_as_found(model):
         for weight in weights.values():
