@@ -50,7 +50,6 @@ FLAGS = {  # name: (default, the values allowed, help)
     "out": ("out", None, "folder for the results"),
     "merge": ("", None, "folder for the whole model; --method full: in float16, by default in --out"),
     "checkpoint-every": (0, NOT_NEGATIVE, "steps between checkpoints in --out; 0: only when stopped"),
-    "resume": (False, None, "go on from the checkpoint in --out"),
 }
 
 
@@ -58,10 +57,10 @@ def parse_args(argv):
     """Read the command line; what is wrong with it ends the program with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for name, (default, allowed, text) in FLAGS.items():
-        kind = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
-        if isinstance(allowed, list):
-            kind["choices"] = allowed
-        parser.add_argument(f"--{name}", **kind, help=f"{text} (default: {default})")
+        choices = allowed if isinstance(allowed, list) else None
+        text += f" (default: {default})"
+        parser.add_argument(f"--{name}", type=type(default), default=default, choices=choices, help=text)
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     args = parser.parse_args(argv)
     for name, (_, allowed, _) in FLAGS.items():
         value = getattr(args, name.replace("-", "_"))

@@ -62,7 +62,7 @@ def test_a_run_leaves_the_files_it_promises(tmp_path, capsys):
     out = tmp_path / "new" / "folder"
     assert sorted(os.listdir(out)) == ["adapter.pt", "log.jsonl", "result.json"]
     assert json.loads((out / "result.json").read_text()) == result
-    flags = {name.replace("-", "_") for name in train.FLAGS}
+    flags = {name.replace("-", "_") for name in (*train.FLAGS, "resume")}
     measured = {"trained", "total", "val_before", "val_after", "test_after", "source_before", "source_after",
                 "seconds", "score_seconds", "peak_memory_bytes", "versions", "base", "corpus"}  # fmt: skip
     assert flags | measured <= result.keys()
@@ -298,6 +298,7 @@ def test_help_explains_every_flag_in_one_line(capsys):
     printed = capsys.readouterr().out
     for name, (_, _, text) in train.FLAGS.items():
         assert f"--{name} " in printed and len(text) < 80
+    assert "--resume " in printed
 
 
 def code_lines(path):
