@@ -295,26 +295,23 @@ class SparseLinear(nn.Linear):
         original + (carried + delta).
     """
 
-    # The buffers and their types; None: the weight's.
-    BUFFERS = dict(index=torch.long, place=torch.long, known=torch.long, original=None, carried=torch.float)
+    BUFFERS = ("index", "place", "known", "original", "carried")
 
     def set_mask(self, index):
         """Train the entries `index` from now on. What was learned stays in the weight, exactly."""
-        if "index" not in self._buffers:  # a plain linear layer until now: it starts with an empty mask
-            self.weight.data = self.weight.data.contiguous()  # else there is no flat view
-            for name, dtype in self.BUFFERS.items():
-                self.register_buffer(name, self.weight.data.new_empty(0, dtype=dtype))
-            self.delta = nn.Parameter(torch.empty_like(self.carried))
+        self.weight.data = self.weight.data.contiguous()  # else there is no flat view
         weight = self.weight.data.view(-1)
-        before, total = self.known, self.total()
-        weight[before] = self.original  # for a moment the layer is its original self
-        self.index = index.to(weight.device, torch.int64, copy=True)
-        self.known = torch.cat((before, self.index)).unique()
-        self.place = torch.searchsorted(self.known, self.index)
-        self.original = weight[self.known]
-        self.carried = torch.zeros_like(self.original, dtype=torch.float32)
-        self.carried[torch.searchsorted(self.known, before)] = total
-        self.delta = nn.Parameter(torch.zeros_like(self.index, dtype=torch.float32))
+        index = index.to(weight.device, torch.int64, copy=True)
+        known, carried = index.clone(), torch.zeros_like(index, dtype=torch.float32)
+        if "known" in self._buffers:  # no plain linear layer any more
+            weight[self.known] = self.original  # for a moment the layer is its original self
+            known = torch.cat((self.known, index)).unique()
+            carried = torch.zeros_like(known, dtype=torch.float32)
+            carried[torch.searchsorted(known, self.known)] = self.total()
+        buffers = (index, torch.searchsorted(known, index), known, weight[known], carried)
+        for name, buffer in zip(self.BUFFERS, buffers):
+            self.register_buffer(name, buffer)
+        self.delta = nn.Parameter(torch.zeros_like(index, dtype=torch.float32))
         self.planned = None
         self.sync()
 
