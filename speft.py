@@ -28,25 +28,24 @@ def salience(model, metric, batches, loss_fn, layers=None):
     batch): the samples' losses (B,) or their mean. layers: a predicate on module names; default all.
     Returns {module name: float32 score of the weight's shape}; scores too large or too small for float32 are
     all multiplied by one power of two. The model is left exactly as it was found.
-    Raises ValueError for an unknown metric, no matching layer, missing data, or a score that is not finite.
+    Raises ValueError for an unknown metric, no matching layer, missing data, or a score that is missing, not
+    of its weight's shape or not finite.
     """
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}: choose from {', '.join(METRICS)}")
     weights = {name: module.weight for name, module in linear_layers(model, layers).items()}
     if not weights:
-        raise ValueError("no linear layer to score: none matches `layers`, or every weight is shared")
-    batches = list(batches or ())
-    if metric not in ("random", "magnitude") and not any(len(batch[0]) for batch in batches):
-        raise ValueError(f"metric {metric!r} needs data, and `batches` is empty")
+        raise ValueError("no layer to score: `layers` matches no nn.Linear with a weight of its own")
     for _, module in _sparse_layers(model):
         module.sync()
-    gpus = {weight.device for weight in weights.values() if weight.is_cuda}
-    with torch.random.fork_rng(gpus, metric != "random"), torch.enable_grad(), _left_as_found(model):
+    with torch.enable_grad(), _left_as_found(model):
         for weight in weights.values():
             weight.requires_grad_(True)
-        scores = METRICS[metric](model, weights, batches, loss_fn)
-    for name, score in scores.items():
-        if not score.isfinite().all():
+        scores = METRICS[metric](model, weights, list(batches or ()), loss_fn)
+    for name, weight in weights.items():
+        if name not in scores or scores[name].shape != weight.shape:
+            raise ValueError(f"metric {metric!r}: layer {name!r} has no score of its weight's shape")
+        if not scores[name].isfinite().all():
             raise ValueError(f"metric {metric!r}: layer {name!r} has a score that is not finite")
     return {name: score.detach().float() for name, score in _in_range(scores).items()}
 
@@ -80,14 +79,25 @@ def _left_as_found(model):
         yield
 
 
-def _in_range(scores, power=1):
-    """The scores; all multiplied by one power of two if the largest, to this power, is beyond float32."""
-    largest = max(score.abs().max().item() for score in scores.values())
-    exponent = power * math.frexp(largest)[1]
+def _in_range(scores):
+    """The scores; all multiplied by one power of two if the largest is beyond float32."""
+    exponent = math.frexp(max(score.abs().max().item() for score in scores.values()))[1]
     if -125 <= exponent <= 127:
         return scores
-    scale = 2.0 ** min((127 - exponent) // power, 1023)
+    scale = 2.0 ** min(127 - exponent, 1023)
     return {name: score.double() * scale for name, score in scores.items()}
+
+
+def _count_samples(batches):
+    count = sum(len(batch[0]) for batch in batches)
+    if count == 0:
+        raise ValueError("this metric needs data, and `batches` is empty")
+    return count
+
+
+def _own_random_state(weights):
+    """What a forward pass draws (noise, a sample of the data) is not drawn from the caller's generators."""
+    return torch.random.fork_rng({weight.device for weight in weights.values() if weight.is_cuda})
 
 
 def mean_gradient(model, weights, batches, loss_fn, power=1):
@@ -97,15 +107,16 @@ def mean_gradient(model, weights, batches, loss_fn, power=1):
     gradient is used and freed as soon as it has been produced: memory holds one layer's at a time.
     """
     mean = {w: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float)) for w in weights.values()}
-    share = 1 / sum(len(batch[0]) for batch in batches)
+    share = 1 / _count_samples(batches)
 
     def consume(weight):
         mean[weight].add_(weight.grad.to(mean[weight]) ** power, alpha=share)
         weight.grad = None
 
-    with contextlib.ExitStack() as hooks:
+    with contextlib.ExitStack() as meanwhile:
+        meanwhile.enter_context(_own_random_state(weights))
         for weight in weights.values():
-            hooks.enter_context(weight.register_post_accumulate_grad_hook(consume))
+            meanwhile.enter_context(weight.register_post_accumulate_grad_hook(consume))
         for batch in batches:
             loss = loss_fn(model, batch)
             (loss.sum() if loss.dim() else loss * len(batch[0])).backward()
@@ -140,9 +151,8 @@ def snip(model, weights, batches, loss_fn):
 
 
 def taylor(model, weights, batches, loss_fn):
-    """(g ⊙ θ)²: ranks exactly like SNIP."""
-    product = force(model, weights, batches, loss_fn)
-    return {name: p.square_() for name, p in _in_range(product, power=2).items()}
+    """(g ⊙ θ)²: ranks exactly like SNIP. In float64, whose range holds all squares of float32 numbers."""
+    return {name: p.double().square_() for name, p in force(model, weights, batches, loss_fn).items()}
 
 
 def grasp(model, weights, batches, loss_fn):
@@ -176,15 +186,17 @@ def fisher(model, weights, batches, loss_fn):
 def synflow(model, weights, batches, loss_fn):
     """(∂R/∂θ) ⊙ θ, where R sums the outputs of the linearised network for an input of ones.
 
-    Data-free: of the batches only the input's shape is used.
+    Data-free: of the batches only the input's shape is used. For networks of linear layers, embeddings,
+    norms, attention by scaled_dot_product_attention and the activations named below.
     """
+    _count_samples(batches)
     example = batches[0][0][:1]
     if example.is_floating_point():
         example = torch.ones_like(example, dtype=torch.float64, requires_grad=True)
     else:
         example = example[..., :1]  # token ids: one position
     positive = {w: w.detach().abs().double().requires_grad_() for w in weights.values()}
-    with _Linearised(positive):
+    with _own_random_state(weights), _Linearised(positive):
         output = model(example)
     output = output[0] if isinstance(output, tuple) else output
     gradients = torch.autograd.grad(output.sum(), list(positive.values()), materialize_grads=True)
@@ -262,7 +274,7 @@ def select(scores, density, scope):
 
 
 def _top(scores, count):
-    """The flat indices of the `count` largest scores, with copies of about `count` and a layer at a time."""
+    """The flat indices of the `count` largest scores; copies at most about `count` scores and one layer's."""
     top, least, indices = [], math.nan, {}
     for score in scores.values():
         # What is no larger than the least of the largest so far cannot raise it. At first, with nan, every
@@ -388,9 +400,9 @@ def cover(index, n_rows, n_columns):
         _, crowded, others, rows = parts
         if len(crowded) == n_columns:
             return n_rows * n_columns  # the dense product copies nothing
-        # Counted in entries, as measured on a CPU: reading all of dy costs as much as 16 columns, copying a
-        # line of x or dy as much as 64 entries. On CUDA up to three kernels more than for the dense product
-        # have to be started, at some thousand tokens for the time of 2^19 entries.
+        # The unit is the time that one entry's share of a product takes. As measured on a CPU, reading all of
+        # dy costs as much as 16 columns more, and copying a line of x or dy as much as 64 entries. On CUDA
+        # up to three more kernels have to be started, which takes as long as some 2^19 entries.
         whole = n_rows * (len(crowded) + 16) + 64 * len(crowded) if len(crowded) else 0
         return whole + len(others) * len(rows) + 64 * (len(others) + len(rows)) + 2**19 * index.is_cuda
 
@@ -435,7 +447,8 @@ class _SparseGradient(torch.autograd.Function):
 def sparsify(model, indices):
     """Make the named linear layers SparseLinears in place and freeze everything else; returns the deltas.
 
-    Deltas of an empty mask are left out. The layers have to be called as modules: a parent that reads
+    Deltas of an empty mask are left out, those of an earlier call freeze with everything else (`remask` is
+    the next mask's way). The layers have to be called as modules: a parent that reads
     `layer.weight` itself, as nn.TransformerEncoderLayer's fast path does, gets the weight of the last forward
     pass, and trains nothing.
 

@@ -40,7 +40,7 @@ FLAGS = {  # name: (default, the values allowed, help)
     "lr": (1e-2, POSITIVE, "peak learning rate"),
     "warmup": (0.03, lambda x: 0 <= x <= 1, "share of the steps in which the learning rate rises"),
     "weight-decay": (0.0, NOT_NEGATIVE, "AdamW's weight decay"),
-    "clip": (1.0, POSITIVE, "largest norm of the gradient"),
+    "clip": (1.0, POSITIVE, "norm that a larger gradient is scaled down to"),
     "eval-every": (40, POSITIVE, "steps between validations"),
     "eval-examples": (64, POSITIVE, "held-out examples that an evaluation reads"),
     "seed": (0, NOT_NEGATIVE, "of the data order and of random numbers"),
@@ -58,7 +58,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for name, (default, allowed, text) in FLAGS.items():
         choices = allowed if isinstance(allowed, list) else None
-        text += f" (default: {default})"
+        text += f" (default: {default})" if default != "" else ""
         parser.add_argument(f"--{name}", type=type(default), default=default, choices=choices, help=text)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     args = parser.parse_args(argv)
@@ -100,8 +100,8 @@ def fit(model, params, train, val, args, stop, saved):
     """The training loop; returns (log: a row a step, the trained parameters).
 
     params: what to train; None for masks, which are chosen here. Ends early, after a step, once `stop` has an
-    item. saved: the checkpoint to go on from, or None. What a step does depends on its number and the seed
-    alone.
+    item. saved: the checkpoint to go on from, or None. Which examples a step reads, and what is drawn at
+    random, depends on its number and the seed alone, so that a run can go on anywhere.
     """
     log, masks, optimizer = [], None, None
     if saved:
@@ -154,7 +154,7 @@ def show_progress(row, steps):
 
 
 def run(args, adapt, stop):
-    """Load, evaluate, train, evaluate, save; returns what result.json holds."""
+    """Load, evaluate, train, save, evaluate; returns what result.json holds."""
     start = time.time()
     out, merged = (data.check_folder(folder) for folder in (args.out, args.merge or args.out))
     torch.manual_seed(args.seed)
@@ -181,6 +181,8 @@ def run(args, adapt, stop):
     beginning = [end, *tokenizer.encode_ordinary(args.prompt)] if args.prompt else beginning
 
     def report(when, *names):
+        if stop:
+            return
         for name in names:
             loss = result[f"{name}_{when}"] = model.mean_loss(held_out[name])
             print(f"{name} loss {when}: {loss:.4f} nats a token", flush=True)
@@ -220,7 +222,13 @@ def main(argv=None, adapt=None):
     Raises SystemExit: 2 for wrong usage, 1 for other errors, 128 + n if stopped by signal n (after saving).
     """
     args, stop = parse_args(argv), []
-    usual = {n: signal.signal(n, lambda n, frame: stop.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def finish(number, frame):
+        print("train.py: stopping after this step; once more stops at once", file=sys.stderr)
+        stop.append(number)
+        signal.signal(number, usual[number])
+
+    usual = {number: signal.signal(number, finish) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         result = run(args, adapt, stop)
     except (OSError, ValueError, ArithmeticError, torch.OutOfMemoryError) as error:

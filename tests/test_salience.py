@@ -866,6 +866,36 @@ def test_a_metric_of_ones_own_is_one_entry(monkeypatch):
     assert_equal(scores, {name: (w**3).float() for name, w in weights_of(model).items()})
 
 
+def test_a_metric_of_ones_own_may_need_no_data_and_draw_random_numbers(monkeypatch):
+    def coin(model, weights, batches, loss_fn):
+        return {name: torch.rand(weight.shape) for name, weight in weights.items()}
+
+    monkeypatch.setitem(speft.METRICS, "coin", coin)
+    model, _ = make_mlp(1)
+    first, second = (join(speft.salience(model, "coin", None, None)) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "score",
+    (
+        lambda weight: weight.detach().norm(dim=1, keepdim=True),  # one a row, not spread over the row
+        lambda weight: weight.detach().T,
+        lambda weight: weight.detach().flatten(),
+    ),
+)
+def test_a_score_of_another_shape_or_none_is_an_error(monkeypatch, score):
+    model, batches = make_mlp(3)
+
+    def shapeless(model, weights, batches, loss_fn):
+        return {name: score(weight) for name, weight in weights.items()}
+
+    monkeypatch.setitem(speft.METRICS, "shapeless", shapeless)
+    fails("shapeless.*shape", model, "shapeless", batches)
+    monkeypatch.setitem(speft.METRICS, "nothing", lambda *given: {})
+    fails("nothing.*shape", model, "nothing", batches)
+
+
 # --- random ---------------------------------------------------------------------------------------------
 
 

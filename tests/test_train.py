@@ -202,8 +202,25 @@ def test_a_signal_ends_the_run_after_the_step_with_what_was_learned(tmp_path, mo
         run(tmp_path, "--steps", 1000)
     assert ended.value.code == 128 + number and len(finished) == 2
     assert signal.getsignal(number) == before
-    assert json.loads((tmp_path / "result.json").read_text())["steps_done"] == 2
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["steps_done"] == 2
+    assert "val_after" not in result  # whoever stops a run does not want to wait for an evaluation
     assert validation_loss(load(tmp_path)) < validation_loss(GPT.from_pretrained("base"))
+
+
+def test_a_second_signal_ends_the_run_at_once(tmp_path, monkeypatch, capsys):
+    finished = []
+
+    def impatient(row, steps):
+        finished.append(row)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train, "show_progress", impatient)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "--steps", 1000)
+    assert len(finished) == 1 and "once more" in capsys.readouterr().err
+    assert not (tmp_path / "result.json").exists()
 
 
 USAGE = (
@@ -244,7 +261,7 @@ FAILURES = (
     ("--seq-len 257", "257"),
     ("--out /dev/null/out", "/dev/null"),
     ("--merge /dev/null/out", "/dev/null"),
-    ("--layers no.such.layer", "no linear layer"),
+    ("--layers no.such.layer", "no layer to score"),
     ("--density 1e-9", "1e-09"),
     ("--lr 1e30", "step"),
 )
