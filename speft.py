@@ -79,12 +79,13 @@ def _left_as_found(model):
         yield
 
 
-def _in_range(scores):
-    """The scores; all multiplied by one power of two if the largest is beyond float32."""
-    exponent = math.frexp(max(score.abs().max().item() for score in scores.values()))[1]
+def _in_range(scores, power=1):
+    """The scores; all multiplied by one power of two if the largest, to this power, is beyond float32."""
+    largest = max(score.abs().max().item() for score in scores.values())
+    exponent = power * math.frexp(largest)[1]
     if -125 <= exponent <= 127:
         return scores
-    scale = 2.0 ** min(127 - exponent, 1023)
+    scale = 2.0 ** min((127 - exponent) // power, 1023)
     return {name: score.double() * scale for name, score in scores.items()}
 
 
@@ -151,8 +152,9 @@ def snip(model, weights, batches, loss_fn):
 
 
 def taylor(model, weights, batches, loss_fn):
-    """(g ⊙ θ)²: ranks exactly like SNIP. In float64, whose range holds all squares of float32 numbers."""
-    return {name: p.double().square_() for name, p in force(model, weights, batches, loss_fn).items()}
+    """(g ⊙ θ)²: ranks exactly like SNIP."""
+    product = _in_range(force(model, weights, batches, loss_fn), power=2)  # so that no square overflows
+    return {name: p.square_() for name, p in product.items()}
 
 
 def grasp(model, weights, batches, loss_fn):
