@@ -24,7 +24,7 @@ def test_every_python_snippet_runs(tmp_path, monkeypatch):
     flags = "--steps 1 --batch-size 2 --seq-len 32 --score-examples 2 --eval-examples 2 --device cpu".split()
     train.main(flags)
     snippets = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     for snippet in snippets:
         names = {}
         exec(snippet, names)
@@ -35,8 +35,9 @@ def test_every_python_snippet_runs(tmp_path, monkeypatch):
             )
     assert set(torch.load("mine.pt", weights_only=True)) == {"0", "2"}
     monkeypatch.setitem(train.FLAGS, "metric", ("grad", list(speft.METRICS), ""))
-    result = train.main([*flags, "--metric", "block", "--scope", "local"])
-    assert result["metric"] == "block" and result["trained"] == 47172
+    for metric in ("block", "rows"):
+        result = train.main([*flags, "--metric", metric, "--scope", "local"])
+        assert result["metric"] == metric and result["trained"] == 47172
 
 
 def test_the_table_of_metrics_is_complete():
