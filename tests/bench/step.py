@@ -246,6 +246,7 @@ def compare(model, batches, mask, density, indices, args):
     print(f"{args.model} {mask} {density}: {entries:,} entries; gradients differ by {error:.1e} at most")
     if not error <= (1e-5 if args.dtype == "float32" else 0.1):  # so that NaN is refused, too
         raise SystemExit("the gradients are wrong: nothing was timed")
+    scope = "local" if mask == "block" else args.scope
     rows, ready, peaks = [], {}, {}
     for name in args.variants:
         gc.collect()
@@ -264,7 +265,7 @@ def compare(model, batches, mask, density, indices, args):
         ready[name] = copied, optimizer
         state = optimizer.state.values() if optimizer else []
         rows.append({
-            "bench": "step", "model": args.model, "mask": mask, "scope": args.scope, "density": density,
+            "bench": "step", "model": args.model, "mask": mask, "scope": scope, "density": density,
             "variant": name, "trained": sum(parameter.numel() for parameter in parameters),
             "saved_bytes": saved_bytes(copied, batches[0]), "gradient_error": error,
             "optimizer_bytes": sum(t.nbytes for s in state for t in s.values()),
