@@ -89,6 +89,7 @@ def step_table(device, chosen=lambda row: True):
         setting = f"{row['density']:g}, {row['mask']}"
         setting += ", memory kept" if on_cpu and row["allocator"] != "default" else ""
         setting += f", {row['model']}" if row["model"] != "smollm2" else ""
+        setting += f", {row['run']} run" if "run" in row else ""
         counts = row["saved_bytes"], row["peak_memory_bytes"], row["page_faults"] * 4096
         cells = map(megabytes, counts if on_cpu else counts[:2])
         lines.append(
@@ -99,7 +100,7 @@ def step_table(device, chosen=lambda row: True):
 
 def at_one_percent(row):
     """The rows for a first look: all variants with the gradient's 1%, and this project's layer otherwise."""
-    if row["allocator"] != "default":
+    if row["allocator"] != "default" or "run" in row:
         return False
     return (row["mask"], row["density"]) == ("grad", 0.01) or row["variant"].startswith("cover")
 
