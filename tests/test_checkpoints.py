@@ -80,17 +80,17 @@ def logits_of(model):
 
 
 class Plain:
-    """The five families once more: one vector at a time, from config.json and the tensors under stored names."""
+    """The five families once more, a vector at a time, from config.json and the tensors as stored."""
 
     NAMES = {  # of the parts that Llama, Mistral and Qwen2 call otherwise
-        "gpt2": dict(first="transformer.", wte="wte", block="h.", norm1="ln_1", norm2="ln_2", out="attn.c_proj",
-                     up="mlp.c_fc", down="mlp.c_proj", norm="ln_f"),
+        "gpt2": dict(first="transformer.", wte="wte", block="h.", norm1="ln_1", norm2="ln_2",
+                     out="attn.c_proj", up="mlp.c_fc", down="mlp.c_proj", norm="ln_f"),
         "opt": dict(first="model.decoder.", norm1="self_attn_layer_norm", norm2="final_layer_norm",
                     out="self_attn.out_proj", up="fc1", down="fc2", norm="final_layer_norm"),
     }  # fmt: skip
     LLAMA = dict(first="model.", wte="embed_tokens", block="layers.", norm1="input_layernorm",
-                 norm2="post_attention_layernorm", out="self_attn.o_proj", gate="mlp.gate_proj", up="mlp.up_proj",
-                 down="mlp.down_proj", norm="norm")  # fmt: skip
+                 norm2="post_attention_layernorm", out="self_attn.o_proj", gate="mlp.gate_proj",
+                 up="mlp.up_proj", down="mlp.down_proj", norm="norm")  # fmt: skip
 
     def __init__(self, config, tensors):
         self.config, self.kind = config, config["model_type"]
@@ -442,7 +442,7 @@ def test_fuzzed_safetensors(tmp_path):
     """Changed bytes are an InputError or a model; never another exception."""
     whole = safetensors(dict(list(weights_of("gpt2").items())[:3]))
     header = 8 + struct.unpack("<Q", whole[:8])[0]
-    chance = random.Random(0)
+    chance, refused = random.Random(0), 0
     path = tmp_path / "model.safetensors"
     for _ in range(1500):
         content = bytearray(whole[: chance.randrange(len(whole))] if chance.random() < 0.2 else whole)
@@ -456,7 +456,8 @@ def test_fuzzed_safetensors(tmp_path):
             for load in checkpoints.open_safetensors(path).values():
                 load().float().sum()
         except InputError:
-            pass
+            refused += 1
+    assert 0 < refused < 1500  # both happen
 
 
 def test_unaligned_data(tmp_path):
@@ -553,7 +554,7 @@ def test_unsupported_gguf(key, pair, named, tmp_path):
 def test_fuzzed_gguf(tmp_path):
     pytest.importorskip("gguf", reason="the package gguf is not installed")
     whole = gguf_file(*small_gguf())
-    chance = random.Random(0)
+    chance, refused = random.Random(0), 0
     for attempt in range(300):
         content = bytearray(whole[: chance.randrange(4000)] if attempt % 3 == 0 else whole)
         for _ in range(chance.randint(1, 3)):
@@ -564,8 +565,9 @@ def test_fuzzed_gguf(tmp_path):
         try:
             GPT.from_pretrained(path)
         except InputError:
-            pass
+            refused += 1
         path.unlink()
+    assert 0 < refused < 300  # both happen
 
 
 def test_gguf_arrays_longer_than_the_file(tmp_path):

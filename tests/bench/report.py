@@ -36,7 +36,7 @@ def study_table(study):
 
 
 def core_table(study, density):
-    """Of the study's table full fine-tuning, and at this density the baselines and the static global masks."""
+    """Of the study's table full fine-tuning, and at this density the baselines and static global masks."""
     table = compare.summaries(compare.Results(study))
     rows = plain(table, method="sparse", density=density, scope="global", mask="static")
     for method in ("lora", "pissa", "random block"):
