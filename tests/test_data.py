@@ -16,9 +16,9 @@ import torch
 
 import data
 from data import files
-from data.checkpoints import find
 from data.corpus import load_corpus
 from data.examples import Examples, _pack
+from data.files import find
 from model import GPT
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
@@ -195,7 +195,7 @@ def test_the_shipped_base_is_small_and_reads_code_better_than_xz():
     folder = find("base")
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 12_000_000
     text = "".join(load_corpus("stdlib")["test"])[:60_000]
-    encoding, model = data.load_tokenizer("base"), GPT.from_pretrained("base")
+    encoding, model = data.load_tokenizer("base"), data.load_model("base")
     batches = _pack([text], encoding, 256, "cpu").spread(1000, 16)
     with torch.no_grad():
         nats = sum(

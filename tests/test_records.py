@@ -12,7 +12,6 @@ import data
 from data.files import InputError
 from data.records import final_number
 from data.tokenizer import load_tokenizer
-from model import GPT
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "tokenizers.json").read_text())
 PAIRS = [{"prompt": f"What is {n}? ", "completion": f"{n} is {n % 2} modulo 2."} for n in range(30)]
@@ -102,7 +101,7 @@ def test_a_file_to_validate_on(tmp_path):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_padding_changes_no_loss(tmp_path, seed):
-    tokenizer, model = data.load_tokenizer("base"), GPT.from_pretrained("base")
+    tokenizer, model = data.load_tokenizer("base"), data.load_model("base")
     chance = random.Random(seed)
     lengths = [(chance.randint(1, 40), chance.randint(1, 20)) for _ in range(20)]
     pairs = [{"prompt": "x" * prompt, "completion": "the " * completion} for prompt, completion in lengths]

@@ -18,7 +18,6 @@ import speft
 import train
 from data import files
 from data.files import InputError
-from model import GPT
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
@@ -118,7 +117,7 @@ def test_what_comes_after_the_training_may_be_asked_for_later(tmp_path, capsys):
     assert run(tmp_path / "out", *flags)["val_after"] == whole["val_after"]
     printed = capsys.readouterr().out
     assert "going on after step 6" in printed and "sample after: '<|endoftext|>import" in printed
-    assert GPT.from_pretrained(tmp_path / "merged").config == GPT.from_pretrained("base").config
+    assert data.load_model(tmp_path / "merged").config == data.load_model("base").config
     assert learned(tmp_path / "out")
 
 
@@ -245,7 +244,7 @@ def test_a_run_starts_from_an_adapter(trained, tmp_path, capsys):
     assert again["val_before"] == again["val_after"] == result["val_after"]
     more = run(tmp_path / "more", "--adapter", out / "adapter.pt", "--seed", 1)
     assert more["val_before"] == result["val_after"] != more["val_after"]
-    model = GPT.from_pretrained("base")
+    model = data.load_model("base")
     speft.load_adapter(model, data.read_adapter(tmp_path / "more" / "adapter.pt", model.fingerprint()))
     assert learned(tmp_path / "more") != learned(out)
     layers = [layer for layer in model.modules() if isinstance(layer, speft.SparseLinear)]
@@ -254,7 +253,7 @@ def test_a_run_starts_from_an_adapter(trained, tmp_path, capsys):
 
 def test_flipped_and_missing_bytes_are_always_noticed(trained, tmp_path):
     out, _ = trained
-    model = GPT.from_pretrained("base")
+    model = data.load_model("base")
     base = model.fingerprint()
     good = (out / "adapter.pt").read_bytes()
     chance = random.Random(1)
@@ -279,7 +278,7 @@ def sign(path, content):
 
 def test_signed_damage_ends_in_an_error_or_in_other_numbers_never_in_a_crash(trained, tmp_path):
     out, _ = trained
-    model = GPT.from_pretrained("base")
+    model = data.load_model("base")
     base = model.fingerprint()
     saved = files.read_tensors(out / "adapter.pt")
     small = {name: (i[:2], v[:2], shape) for name, (i, v, shape) in list(saved["adapter"].items())[2:4]}
@@ -347,7 +346,7 @@ STRANGE = {  # an adapter -> what the message says
 @pytest.mark.parametrize("kind", STRANGE)
 def test_an_adapter_that_does_not_fit_changes_nothing(tmp_path, kind):
     strange, named = STRANGE[kind]
-    model = GPT.from_pretrained("base")
+    model = data.load_model("base")
     base, kinds = model.fingerprint(), [type(module) for module in model.modules()]
     files.write_tensors(tmp_path / "adapter.pt", {"adapter": strange, "base": base, "settings": {}})
     with pytest.raises(ValueError, match=named):

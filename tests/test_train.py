@@ -13,7 +13,6 @@ import data
 import speft
 import train
 from data import files
-from model import GPT
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--steps 4 --batch-size 4 --seq-len 64 --lr 2e-3 --score-examples 6 --eval-examples 4 --eval-every 3"
@@ -26,7 +25,7 @@ def run(out, *argv):
 
 def load(out, onto="base"):
     """A fresh base with the adapter of the run in `out`."""
-    model = GPT.from_pretrained(onto)
+    model = data.load_model(onto)
     speft.load_adapter(model, torch.load(out / "adapter.pt", weights_only=True)["adapter"])
     return model
 
@@ -70,7 +69,7 @@ def test_a_run_leaves_the_files_it_promises(tmp_path, capsys):
     assert [row["step"] for row in log] == [1, 2, 3, 4]
     assert [("val" in row) for row in log] == [False, False, True, False]
     saved = torch.load(out / "adapter.pt", weights_only=True)
-    assert saved["base"] == GPT.from_pretrained("base").fingerprint()
+    assert saved["base"] == data.load_model("base").fingerprint()
     assert saved["settings"]["seed"] == 3
     printed = capsys.readouterr().out
     assert f"training {result['trained']:,} weights: attn.q" in printed
@@ -105,7 +104,7 @@ def test_method_none_only_evaluates(tmp_path):
 def test_full_fine_tuning_writes_a_model_that_loads(tmp_path):
     result = run(tmp_path, "--method", "full", "--lr", 1e-3)
     assert result["trained"] == result["total"]
-    assert validation_loss(GPT.from_pretrained(tmp_path)) == pytest.approx(
+    assert validation_loss(data.load_model(tmp_path)) == pytest.approx(
         result["val_after"], abs=0.01
     )  # float16
     again = run(tmp_path / "again", "--model", tmp_path, "--method", "none")
@@ -118,7 +117,7 @@ def test_full_fine_tuning_from_an_adapter_trains_every_weight(tmp_path):
     adapter = ["--adapter", tmp_path / "sparse" / "adapter.pt"]
     result = run(tmp_path / "full", "--method", "full", "--lr", 1e-3, "--steps", 1, *adapter)
     assert result["trained"] == result["total"]
-    tuned = GPT.from_pretrained(tmp_path / "full").state_dict()
+    tuned = data.load_model(tmp_path / "full").state_dict()
     for name, weight in tuned.items():
         moved = (weight - start[name]).abs()
         assert (moved <= 1.01e-3 + 1e-3 * start[name].abs()).all(), name  # the rate, and float16's rounding
@@ -166,13 +165,13 @@ def test_two_micro_steps_are_one_step_with_completions_of_unequal_length(tmp_pat
 
 def test_merging_writes_the_model_with_what_was_learned(tmp_path):
     result = run(tmp_path / "out", "--merge", tmp_path / "merged")
-    merged, corrected = GPT.from_pretrained(tmp_path / "merged"), load(tmp_path / "out")
+    merged, corrected = data.load_model(tmp_path / "merged"), load(tmp_path / "out")
     idx = torch.arange(40)[None] * 7
     assert torch.equal(merged(idx)[0], corrected(idx)[0])
     assert validation_loss(merged) == pytest.approx(result["val_after"], abs=1e-6)
     later = ["--method", "none", "--adapter", tmp_path / "out" / "adapter.pt", "--merge", tmp_path / "later"]
     run(tmp_path / "none", *later)
-    assert GPT.from_pretrained(tmp_path / "later").fingerprint() == merged.fingerprint()
+    assert data.load_model(tmp_path / "later").fingerprint() == merged.fingerprint()
 
 
 def test_a_prompt_is_continued_by_the_model_before_and_after(tmp_path, capsys):
@@ -181,7 +180,7 @@ def test_a_prompt_is_continued_by_the_model_before_and_after(tmp_path, capsys):
     assert len(samples) == 2
     tokenizer = data.load_tokenizer("base")
     prompt = [data.end_token(tokenizer), *tokenizer.encode_ordinary("def main(argv):")]
-    for sample, model in zip(samples, (GPT.from_pretrained("base"), load(tmp_path))):
+    for sample, model in zip(samples, (data.load_model("base"), load(tmp_path))):
         ids = model.generate(torch.tensor([prompt]), 48, stop=[data.end_token(tokenizer)])[0].tolist()
         expected = repr(tokenizer.decode(ids))
         assert sample.rstrip("'\"") == expected.rstrip("'\"").removesuffix("<|endoftext|>")
@@ -205,7 +204,7 @@ def test_a_signal_ends_the_run_after_the_step_with_what_was_learned(tmp_path, mo
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["steps_done"] == 2
     assert "val_after" not in result  # whoever stops a run does not want to wait for an evaluation
-    assert validation_loss(load(tmp_path)) < validation_loss(GPT.from_pretrained("base"))
+    assert validation_loss(load(tmp_path)) < validation_loss(data.load_model("base"))
 
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path, monkeypatch, capsys):

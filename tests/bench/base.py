@@ -14,11 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import data  # noqa: E402
 from data.corpus import load_corpus  # noqa: E402
-from model import GPT  # noqa: E402
 
 
 def main(name="base"):
-    model, tokenizer = GPT.from_pretrained(name), data.load_tokenizer(name)
+    model, tokenizer = data.load_model(name), data.load_tokenizer(name)
     splits = data.load_examples("stdlib", tokenizer, model.config.block_size)
     size = nats = 0
     for split in ("val", "test"):

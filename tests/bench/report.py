@@ -216,7 +216,7 @@ def masks():
     import speft
     from model import GPT
 
-    model = GPT.from_pretrained("base")
+    model = data.load_model("base")
     train = data.load_examples("prose", data.load_tokenizer("base"), 128)["train"]
     batches = train.draw(0, 64, 1, 8)
     chosen = {}

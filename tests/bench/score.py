@@ -28,7 +28,7 @@ from model import GPT  # noqa: E402
 
 def load(args):
     """(model, batches): args.examples samples of prose, args.batch at a time."""
-    model = GPT.from_pretrained(args.model).to(args.device).requires_grad_(False)
+    model = data.load_model(args.model).to(args.device).requires_grad_(False)
     examples = data.load_examples("prose", data.load_tokenizer(args.model), args.tokens, args.device)
     return model, examples["train"].spread(args.examples, args.batch)
 

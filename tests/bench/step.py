@@ -137,7 +137,7 @@ def load(args):
         shape = (args.batches, 2, args.batch, args.tokens)
         ids = torch.randint(BILLION.vocab_size, shape, generator=torch.Generator().manual_seed(0))
         return model, [tuple(batch) for batch in ids.to(args.device)]
-    model = GPT.from_pretrained(args.model, dtype).to(args.device)
+    model = data.load_model(args.model, dtype).to(args.device)
     examples = data.load_examples("prose", data.load_tokenizer(args.model), args.tokens, args.device)
     return model, examples["train"].spread(args.batches * args.batch, args.batch)
 
