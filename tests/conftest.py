@@ -1,6 +1,10 @@
-"""Puts the repository's root on the path, so that `pytest` finds the modules from a clean checkout."""
+"""Paths, so that `pytest` finds everything from a clean checkout."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = map(str, (TESTS.parent, TESTS, TESTS / "bench"))
+pytest.register_assert_rewrite("helpers", "oracles")  # their assertions show values, too

@@ -5,30 +5,24 @@ Run by test_device.py, in a process of its own.
 
 import copy
 import functools
-import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
+import baselines
 import data
 import speft
+import step
 import train
 from data.examples import Examples
+from helpers import LLAMA_LIKE
 from model import GPT, GPTConfig
-
-sys.path.insert(0, str(Path(__file__).parent / "bench"))
-
-import baselines  # noqa: E402
-import step  # noqa: E402
 
 pretend = pytest.importorskip("pretend", reason="this torch cannot pretend a device", exc_type=ImportError)
 
 GPT2 = dict(vocab_size=40, block_size=24, n_layer=2, n_head=2, n_embd=32)
-LLAMA = GPT2 | dict(
-    gated_mlp=True, rms_norm=True, rope_theta=100.0, n_kv_head=1, tied_head=False, activation="silu",
-    qkv_bias=False, out_bias=False, mlp_bias=False)  # fmt: skip
+LLAMA = GPT2 | LLAMA_LIKE
 
 
 @pytest.fixture(autouse=True)

@@ -4,18 +4,9 @@ import copy
 
 import pytest
 import torch
-import torch.nn as nn
 
-from speft import LIMITS, cover, sparsify
-
-
-def covered_layer(shape, index, bias=True):
-    """A covered layer with a random delta, and its base weight."""
-    layer = nn.Linear(shape[1], shape[0], bias=bias)
-    base = layer.weight.detach().clone()
-    sparsify(nn.Sequential(layer), {"0": index})
-    layer.delta.data.copy_(torch.randn(len(index)) / shape[1] ** 0.5)
-    return layer, base
+from helpers import sparse_layer
+from speft import LIMITS, cover
 
 
 def a_mask(kind, shape, generator):
@@ -63,7 +54,7 @@ def test_the_covered_gradient_is_the_dense_one(kind):
         largest = 1500 if trial % 50 == 0 else 400
         shape = torch.randint(1, largest, (2,), generator=generator).tolist()
         index = a_mask(kind, shape, generator)
-        layer, _ = covered_layer(shape, index, bias=False)
+        layer, _ = sparse_layer(shape, index, bias=False)
         x = torch.randn(5, shape[1], generator=generator)
         dy = torch.randn(5, shape[0], generator=generator)
         layer(x).backward(dy)
@@ -142,8 +133,8 @@ def test_a_copy_of_a_layer_that_was_given_another_mask_forms_that_masks_gradient
     generator = torch.Generator().manual_seed(4)
     shape = (120, 90)
     masks = [a_mask("random", shape, generator) for _ in range(2)]
-    layer, _ = covered_layer(shape, masks[0])
-    other, _ = covered_layer(shape, masks[1])
+    layer, _ = sparse_layer(shape, masks[0])
+    other, _ = sparse_layer(shape, masks[1])
     layer = copy.deepcopy(layer)
     x = torch.randn(5, 90, generator=generator)
     layer(x)  # plans the first mask
@@ -175,11 +166,11 @@ def saved_for_backward(layer, x):
 def test_few_columns_of_the_input_are_kept_or_else_the_input_itself():
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(50, 700)
-    few, _ = covered_layer((900, 700), a_mask("columns", (900, 700), generator))
+    few, _ = sparse_layer((900, 700), a_mask("columns", (900, 700), generator))
     kept = saved_for_backward(few, x)
     assert sum(t.numel() for t in kept) <= 0.02 * x.numel() + 50
     for kind in ("rows", "random"):
-        layer, _ = covered_layer((900, 700), a_mask(kind, (900, 700), generator))
+        layer, _ = sparse_layer((900, 700), a_mask(kind, (900, 700), generator))
         assert [t.data_ptr() for t in saved_for_backward(layer, x)] == [x.data_ptr()]  # shared, not copied
 
 
@@ -187,8 +178,8 @@ def test_a_mask_that_a_state_dict_brings_gets_its_own_cover():
     generator = torch.Generator().manual_seed(3)
     shape = (300, 200)
     one, two = (torch.arange(300) * 200 + column for column in (3, 150))
-    layer, _ = covered_layer(shape, one)
-    other, base = covered_layer(shape, two)
+    layer, _ = sparse_layer(shape, one)
+    other, base = sparse_layer(shape, two)
     x, dy = torch.randn(7, 200, generator=generator), torch.randn(7, 300, generator=generator)
     layer(x).backward(dy)  # plans the cover of `one`
     layer.load_state_dict(other.state_dict())

@@ -1,0 +1,434 @@
+"""`speft.salience`, whatever the metric: which layers, what comes back, what is left behind and refused."""
+
+import contextlib
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+
+from helpers import (
+    ALL, DETERMINISTIC, FIRST_ORDER, GPT_STYLES, NEEDS_DATA, assert_as_found, assert_same_tensors, bits,
+    gpt_losses, gpt_mean_loss, linears, mean_loss, random_gpt, random_mlp, sample_losses, snapshot, twin_of,
+    weights_of)  # fmt: skip
+from model import GPT
+from oracles import assert_close, assert_close_up_to_a_power_of_two, func_oracle, gpt_flow, join, loop_oracle
+from speft import METRICS, salience, sparsify
+
+
+# --- which layers, what comes back ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", ALL)
+def test_scores_are_float32_of_the_weights_shape(metric):
+    for dtype in (torch.float32, torch.float64):
+        for model, batches, loss_fn in ((*random_mlp(6, dtype), sample_losses),
+                                        (*random_gpt("llama", dtype=dtype), gpt_losses)):  # fmt: skip
+            scores = salience(model, metric, batches, loss_fn)
+            assert list(scores) == list(linears(model))
+            for name, score in scores.items():
+                weight = model.get_submodule(name).weight
+                assert score.dtype == torch.float32 and score.shape == weight.shape
+                assert not score.requires_grad and score.data_ptr() != weight.data_ptr()
+                assert score.isfinite().all()
+
+
+@pytest.mark.parametrize("metric", ALL)
+def test_the_predicate_chooses_layers_by_name(metric):
+    model, batches = random_gpt("gpt2")
+    asked = []
+
+    def layers(name):
+        asked.append(name)
+        return name.endswith("attn.o") or name == "blocks.1.mlp.up"
+
+    scores = salience(model, metric, batches, gpt_losses, layers=layers)
+    assert list(scores) == ["blocks.0.attn.o", "blocks.1.attn.o", "blocks.1.mlp.up"]
+    assert set(list(linears(model))) <= set(asked)
+
+
+class Special(nn.Linear):
+    """No plain linear layer: it may use its weight in any way."""
+
+
+class Assorted(nn.Module):
+    """A tied head, two layers that share a weight, a subclass of nn.Linear, and two plain layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.wte = nn.Embedding(5, 4)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.special = Special(4, 4)
+        self.plain, self.other = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.head = nn.Linear(4, 5, bias=False)
+        self.head.weight = self.wte.weight
+
+    def forward(self, idx):
+        x = self.special(self.second(self.first(self.wte(idx)).tanh()).tanh())
+        return self.head(self.other(self.plain(x).tanh())).mean(1)
+
+
+@pytest.mark.parametrize("metric", ALL)
+def test_tied_shared_and_derived_layers_are_not_scored(metric):
+    torch.manual_seed(0)
+    model = Assorted().double()
+    batches = [(torch.randint(0, 5, (n, 2)), torch.randn(n, 5, dtype=torch.float64)) for n in (2, 3)]
+    scores = salience(model, metric, batches, sample_losses)
+    assert list(scores) == ["plain", "other"]
+    if metric in ("magnitude", *NEEDS_DATA):
+        names = ["plain", "other"]
+        assert_close(scores, func_oracle(metric, model, batches, sample_losses, names))
+
+
+def test_a_shared_layer_is_found_before_the_predicate_narrows_the_choice():
+    model = Assorted()
+    with pytest.raises(ValueError, match="(?i)layer"):
+        salience(model, "magnitude", [], None, layers=("head", "first").__contains__)
+
+
+def test_a_metric_of_ones_own_is_one_entry(monkeypatch):
+    model, batches = random_mlp(3)
+    seen = {}
+
+    def cubes(scored_model, weights, scored_batches, loss_fn):
+        seen.update(weights)
+        assert scored_model is model and loss_fn is sample_losses
+        assert [len(batch[0]) for batch in scored_batches] == [len(batch[0]) for batch in batches]
+        return {name: weight.detach() ** 3 for name, weight in weights.items()}
+
+    monkeypatch.setitem(METRICS, "cubes", cubes)
+    scores = salience(model, "cubes", batches, sample_losses)
+    assert list(seen) == list(linears(model))
+    assert all(weight is model.get_submodule(name).weight for name, weight in seen.items())
+    assert_same_tensors(scores, {name: (w**3).float() for name, w in weights_of(model).items()})
+
+
+def test_a_metric_of_ones_own_may_need_no_data_and_draw_random_numbers(monkeypatch):
+    def coin(model, weights, batches, loss_fn):
+        return {name: torch.rand(weight.shape) for name, weight in weights.items()}
+
+    monkeypatch.setitem(METRICS, "coin", coin)
+    model, _ = random_mlp(1)
+    first, second = (join(salience(model, "coin", None, None)) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "score",
+    (
+        lambda weight: weight.detach().norm(dim=1, keepdim=True),  # one a row, not spread over the row
+        lambda weight: weight.detach().T,
+        lambda weight: weight.detach().flatten(),
+    ),
+)
+def test_a_score_of_another_shape_or_none_is_an_error(monkeypatch, score):
+    model, batches = random_mlp(3)
+
+    def shapeless(model, weights, batches, loss_fn):
+        return {name: score(weight) for name, weight in weights.items()}
+
+    monkeypatch.setitem(METRICS, "shapeless", shapeless)
+    fails("shapeless.*shape", model, "shapeless", batches)
+    monkeypatch.setitem(METRICS, "nothing", lambda *given: {})
+    fails("nothing.*shape", model, "nothing", batches)
+
+
+@pytest.mark.parametrize("part", ("attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down", "blocks.1"))
+@pytest.mark.parametrize("metric", (*FIRST_ORDER, "synflow", "fisher"))
+def test_a_subset_of_the_layers_scores_as_in_the_whole(metric, part):
+    model, batches = random_gpt("llama")
+    chosen = lambda name: part in name  # noqa: E731
+    everything = salience(model, metric, batches, gpt_losses)
+    scores = salience(model, metric, batches, gpt_losses, layers=chosen)
+    assert_close(scores, {name: s for name, s in everything.items() if chosen(name)})
+
+
+# --- the model is left as it was found ------------------------------------------------------------------
+
+
+class Fuse(nn.Module):
+    """The identity, until the fuse is lit: then the n-th forward pass fails, or its backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.backward_fails = None, False
+
+    def forward(self, x):
+        if self.left is not None:
+            self.left -= 1
+            if self.left <= 0 and self.backward_fails:
+                x = x * 1
+                x.register_hook(self.burn)
+            elif self.left <= 0:
+                self.burn(None)
+        return x
+
+    def burn(self, _):
+        raise RuntimeError("the fuse has burnt")
+
+
+class Counter(nn.Module):
+    """Counts its forward passes in a buffer, as moving averages do, in place or by a new tensor."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("count", torch.zeros(2))
+
+    def forward(self, x):
+        if self.in_place:
+            self.count += 1
+        else:
+            self.count = self.count + 1
+        return x
+
+
+def worn_model():
+    """A model in the middle of something: mixed training flags, frozen parts, some gradients, a −0.0."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(4, 4),
+        nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 4, bias=False), Fuse(), nn.Linear(4, 2),
+    )  # fmt: skip
+    model[1].running_mean.normal_()
+    model[4].requires_grad_(False)
+    model[5].requires_grad_(False)
+    model.train()
+    model[3].eval(), model[7].eval()
+    with torch.no_grad():
+        for layer in (model[0], model[4], model[9]):
+            layer.weight[0, 1] = -0.0
+    model[0].weight.grad = torch.randn(4, 3)
+    model[7].weight.grad = torch.zeros(4, 4)
+    model[1].bias.grad = torch.randn(4)
+    batches = [(torch.randn(n, 3), torch.randn(n, 2)) for n in (3, 2)]
+    return model, batches
+
+
+@pytest.mark.parametrize("metric", ALL)
+@pytest.mark.parametrize("grad_mode", (contextlib.nullcontext, torch.no_grad))
+def test_the_model_is_left_as_found(metric, grad_mode):
+    for model, batches, loss_fn in (
+        (*worn_model(), sample_losses),
+        (*random_gpt("gpt2", dtype=torch.float32), gpt_losses),
+        (*random_gpt("llama", dtype=torch.float32), gpt_mean_loss),
+    ):
+
+        def noisy_loss(model, batch):
+            return loss_fn(model, batch) + 0 * torch.rand(())  # a loss may draw random numbers
+
+        with grad_mode():
+            before = snapshot(model)
+            salience(model, metric, batches, noisy_loss)
+            assert_as_found(model, before, metric)
+
+
+@pytest.mark.parametrize("metric", ("grad", "snip", "force", "taylor", "fisher"))
+def test_memory_holds_one_layers_gradient_at_a_time(metric):
+    model, batches = random_gpt("llama", n_layer=3)
+    held = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: held.append(sum(other.grad is not None for other in model.parameters()))
+        )
+    scores = salience(model, metric, batches, GPT.sample_losses)
+    passes = sum(len(batch[0]) for batch in batches) if metric == "fisher" else len(batches)
+    assert held == [1] * len(scores) * passes
+
+
+@pytest.mark.parametrize("in_place", (True, False))
+@pytest.mark.parametrize("metric", DETERMINISTIC)
+def test_buffers_that_a_forward_pass_changes_are_restored(metric, in_place):
+    model, batches = random_mlp(3)
+    model.append(Counter(in_place))
+    before = snapshot(model)
+    salience(model, metric, batches, sample_losses)
+    assert_as_found(model, before)
+
+
+FAILURES = [(m, n, where) for m in NEEDS_DATA for n in (1, 2) for where in ("forward", "backward", "loss")]
+FAILURES += [("synflow", 1, "forward"), ("synflow", 1, "backward")]  # it makes one pass and calls no loss
+
+
+@pytest.mark.parametrize(("metric", "which", "where"), FAILURES)
+def test_after_a_failure_the_model_is_as_found_and_trains_on(metric, which, where):
+    model, batches = worn_model()
+    twin = twin_of(model)
+    calls = []
+
+    def loss_fn(model, batch):
+        calls.append(None)
+        losses = sample_losses(model, batch)
+        torch.rand(1)
+        if where == "loss" and len(calls) == which:
+            model[8].burn(None)
+        return losses
+
+    before = snapshot(model)
+    model[8].left, model[8].backward_fails = (None if where == "loss" else which), where == "backward"
+    with pytest.raises(RuntimeError, match="burnt"):
+        salience(model, metric, batches, loss_fn)
+    model[8].left, model[8].backward_fails = None, False
+    assert_as_found(model, before)
+    kept = model[0].weight.grad
+    for each in (model, twin):
+        torch.manual_seed(1)
+        mean_loss(each, batches[0]).backward()
+    assert model[0].weight.grad is kept
+    for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+        assert bits(p.grad) == bits(q.grad), name
+
+
+@pytest.mark.parametrize("metric", DETERMINISTIC)
+def test_frozen_weights_score_like_trainable_ones(metric):
+    for style in GPT_STYLES:
+        model, batches = random_gpt(style)
+        expected = salience(model, metric, batches, gpt_losses)
+        model.requires_grad_(False)
+        assert_same_tensors(salience(model, metric, batches, gpt_losses), expected)
+
+
+@pytest.mark.parametrize("metric", DETERMINISTIC)
+@pytest.mark.parametrize("loss_fn", (sample_losses, mean_loss))
+def test_scoring_under_no_grad_gives_the_same(metric, loss_fn):
+    model, batches = random_mlp(8)
+    expected = salience(model, metric, batches, loss_fn)
+    with torch.no_grad():
+        assert_same_tensors(salience(model, metric, batches, loss_fn), expected)
+
+
+# --- sparse layers, bfloat16 ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("metric", ALL)
+def test_a_sparse_model_scores_like_the_merged_one(metric, seed):
+    plain, batches = random_gpt("llama" if seed % 2 else "gpt2", seed, dtype=torch.float32)
+    sparse = copy.deepcopy(plain)
+    indices = {name: torch.randperm(w.numel())[:5].sort().values for name, w in weights_of(plain).items()}
+    indices.pop("blocks.0.mlp.up")  # sparse and plain layers side by side
+    sparsify(sparse, indices)
+    for name, index in indices.items():
+        delta = torch.randn(len(index))
+        sparse.get_submodule(name).delta.data.copy_(delta)
+        plain.get_submodule(name).weight.data.view(-1)[index] += delta
+    twin = copy.deepcopy(sparse)
+    torch.manual_seed(seed)
+    scores = salience(sparse, metric, batches, gpt_losses)
+    torch.manual_seed(seed)
+    assert_same_tensors(scores, salience(plain, metric, batches, gpt_losses))
+    assert_same_tensors(sparse.state_dict(), twin.state_dict())
+    assert all(p.grad is None for p in sparse.parameters())
+
+
+@pytest.mark.parametrize("metric", DETERMINISTIC)
+def test_scoring_a_sparse_model_leaves_it_as_found(metric):
+    model, batches = random_gpt("gpt2", dtype=torch.float32)
+    deltas = sparsify(model, {name: torch.arange(3) for name in list(linears(model))})
+    for delta in deltas:
+        nn.init.normal_(delta)
+    gpt_mean_loss(model, batches[0]).backward()
+    twin = twin_of(model)
+    before = snapshot(model)
+    salience(model, metric, batches, gpt_losses)
+    assert_as_found(model, before)
+    for each in (model, twin):
+        gpt_mean_loss(each, batches[1]).backward()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+        assert bits(p.grad) == bits(q.grad), name
+
+
+@pytest.mark.parametrize("style", GPT_STYLES)
+@pytest.mark.parametrize("metric", DETERMINISTIC)
+def test_bfloat16_weights_score_within_their_precision(metric, style):
+    model, batches = random_gpt(style, dtype=torch.bfloat16, n_embd=8)
+    exact = copy.deepcopy(model).double()
+    scores = salience(model, metric, batches, gpt_losses)
+    if metric in ("magnitude", "synflow"):  # no sum is ever rounded to bfloat16
+        magnitudes = {name: w.abs() for name, w in weights_of(exact).items()}
+        assert_close(scores, gpt_flow(exact) if metric == "synflow" else magnitudes)
+    else:
+        expected = loop_oracle(metric, exact, batches, gpt_losses)
+        error = (join(scores) - join(expected)).norm() / join(expected).norm()
+        assert error < (0.2 if metric == "grasp" else 0.1)
+
+
+@pytest.mark.parametrize("metric", NEEDS_DATA)
+@pytest.mark.parametrize("loss_fn", (sample_losses, mean_loss))
+def test_many_bfloat16_batches_are_not_lost_in_rounding(metric, loss_fn):
+    """A bfloat16 sum of equal terms stops growing after 256 of them."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).bfloat16()
+    batch = tuple(torch.randn(1, width).bfloat16() for width in (3, 2))
+    one = salience(model, metric, [batch], loss_fn)
+    assert_close(salience(model, metric, [batch] * 700, loss_fn), one, rtol=0.03, atol=0.03)
+
+
+# --- errors ---------------------------------------------------------------------------------------------
+
+
+def fails(match, model, metric, batches, loss_fn=sample_losses, **settings):
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=match):
+        salience(model, metric, batches, loss_fn, **settings)
+    assert_as_found(model, before, metric)
+
+
+def test_an_unknown_metric_is_named():
+    model, batches = random_mlp(1)
+    for name in ("hessian-trace", "Grad", ""):
+        fails(name or "metric", model, name, batches)
+
+
+@pytest.mark.parametrize("metric", NEEDS_DATA)
+def test_a_metric_that_needs_data_refuses_empty_batches(metric):
+    model, _ = random_mlp(1)
+    fails("(?i)batch", model, metric, [])
+    fails("(?i)batch", model, metric, iter(()))
+
+
+def test_magnitude_and_random_need_no_data():
+    model, _ = random_mlp(1)
+    expected = {name: w.abs().float() for name, w in weights_of(model).items()}
+    assert_same_tensors(salience(model, "magnitude", [], None), expected)
+    assert list(salience(model, "random", [], None)) == list(linears(model))
+
+
+@pytest.mark.parametrize("metric", ALL)
+def test_no_matching_layer_is_an_error(metric):
+    model, batches = random_mlp(1)
+    fails("(?i)layer", model, metric, batches, layers=lambda name: False)
+    fails("(?i)layer", nn.Sequential(nn.Tanh(), Special(2, 2)), metric, batches)
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf))
+@pytest.mark.parametrize("metric", DETERMINISTIC)
+def test_a_non_finite_score_names_its_layer(metric, value):
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("sane", nn.Linear(3, 4))
+    model.add_module("broken", nn.Linear(4, 2))
+    with torch.no_grad():
+        model.broken.weight[1, 2] = value
+    fails("finite|nan|inf", model, metric, [(torch.randn(3, 3), torch.randn(3, 2))])
+    only_broken = ("broken",).__contains__
+    fails("broken", model, metric, [(torch.randn(3, 3), torch.randn(3, 2))], layers=only_broken)
+
+
+@pytest.mark.parametrize("metric", NEEDS_DATA)
+def test_a_loss_that_is_nan_is_an_error(metric):
+    model, batches = random_mlp(1)
+    fails("finite|nan", model, metric, batches, lambda m, b: sample_losses(m, b) * math.nan)
+
+
+@pytest.mark.parametrize("loss_fn", (sample_losses, mean_loss))
+@pytest.mark.parametrize("scale", (1e-60, 1e60))
+@pytest.mark.parametrize("metric", NEEDS_DATA)
+def test_every_metric_is_scaled_into_float32_by_one_power_of_two(metric, scale, loss_fn):
+    """Where float64 gradients leave float32's range; as zeros or infinities they could not be ranked."""
+    model, batches = random_mlp(1)
+    scaled = lambda m, b: scale * loss_fn(m, b)  # noqa: E731
+    expected = func_oracle(metric, model, batches, lambda m, b: scale * sample_losses(m, b))
+    assert_close_up_to_a_power_of_two(salience(model, metric, batches, scaled), expected)

@@ -1,0 +1,252 @@
+"""A sparse layer's weight is right, bit for bit: however delta changed, in copies, casts and state dicts."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.nn.utils import vector_to_parameters
+
+from helpers import (
+    DTYPES, LAYERS, after_steps, assert_same_adapters, assert_same_tensors, corrected, linears, mlp, outputs,
+    perturb, probe, random_masks, same_bits, train_steps, trained_mlp, weights_of)  # fmt: skip
+from speft import adapter, load_adapter, merge, remask, salience, sparsify
+
+
+# --- the weight is right however delta was changed ------------------------------------------------------
+
+
+def by_fused_adamw(deltas):
+    for delta in deltas:
+        delta.grad = torch.randn_like(delta)
+    torch.optim.AdamW(deltas, lr=0.1, fused=True).step()
+
+
+def by_vector(deltas):
+    vector_to_parameters(torch.randn(sum(d.numel() for d in deltas)), deltas)
+
+
+CHANGES = {"data.add_": perturb, "fused AdamW": by_fused_adamw, "vector_to_parameters": by_vector}
+
+
+def seen_by_forward(model, name, base):
+    layer = model.get_submodule(name)
+    with torch.no_grad():
+        return layer(torch.eye(layer.in_features, dtype=base.dtype)).t()  # exact: one product is not zero
+
+
+def seen_by_adapter(model, name, base):
+    index, values, _ = adapter(model)[name]
+    return corrected(base, index, values)
+
+
+def seen_by_copy(model, name, base):
+    return seen_by_forward(copy.deepcopy(model), name, base)
+
+
+def seen_by_remask(model, name, base):
+    remask(model, {})
+    return seen_by_forward(model, name, base)
+
+
+READERS = {
+    "forward": seen_by_forward,
+    "state_dict": lambda model, name, base: model.state_dict()[f"{name}.weight"],
+    "submodule's state_dict": lambda model, name, base: model.get_submodule(name).state_dict()["weight"],
+    "adapter": seen_by_adapter,
+    "merge": lambda model, name, base: merge(model).get_submodule(name).weight.detach(),
+    "deepcopy": seen_by_copy,
+    "remask": seen_by_remask,
+}
+
+
+def unbiased(dtype):
+    torch.manual_seed(9)
+    model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 4, bias=False)).to(dtype)
+    return model, weights_of(model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("reader", READERS)
+def test_the_weight_is_right_after_any_change_of_delta(reader, change, dtype):
+    model, base = unbiased(dtype)
+    masks = random_masks(model, layers=("0", "2"))
+    deltas = sparsify(model, masks)
+    for _ in range(2):  # the second time over a weight that already carries a correction
+        outputs(model)
+        CHANGES[change](deltas)
+    want = {n: corrected(base[n], masks[n], model.get_submodule(n).delta.detach()) for n in masks}
+    for name in masks:
+        assert not torch.equal(want[name], base[name])
+        assert torch.equal(READERS[reader](model, name, base[name]), want[name])
+        if reader == "merge":
+            break  # the second layer is merged by then
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("change", CHANGES)
+def test_magnitude_scores_are_right_after_any_change_of_delta(change, dtype):
+    model, base = unbiased(dtype)
+    masks = random_masks(model, layers=("0", "2"))
+    deltas = sparsify(model, masks)
+    outputs(model)
+    CHANGES[change](deltas)
+    scores = salience(model, "magnitude", [], None)
+    for name in masks:
+        want = corrected(base[name], masks[name], model.get_submodule(name).delta.detach())
+        assert torch.equal(scores[name], want.abs().float())
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_taking_an_adapter_off_restores_the_base_after_any_change_of_delta(change):
+    model = mlp()
+    base = weights_of(model)
+    deltas = sparsify(model, random_masks(model))
+    outputs(model)
+    CHANGES[change](deltas)
+    load_adapter(model, {})
+    assert_same_tensors(weights_of(model), base)
+
+
+# --- copies, casts, checkpoints -------------------------------------------------------------------------
+
+
+def after_a_remask(model, masks):
+    after_steps(model, masks)
+    remask(model, masks)
+    after_steps(model, masks)
+
+
+STAGES = {"fresh": lambda model, masks: None, "after steps": after_steps, "after a remask": after_a_remask}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_deep_copy_is_independent_and_trains_on_alike(dtype, stage):
+    model = mlp(dtype)
+    base, masks = weights_of(model), random_masks(model)
+    sparsify(model, masks)
+    STAGES[stage](model, masks)
+    twin = copy.deepcopy(model)
+    before = outputs(twin)
+    assert same_bits(before, outputs(model))
+    after_steps(model, masks)
+    assert same_bits(outputs(twin), before), "training the original changed the copy"
+    assert not torch.equal(outputs(model), before)
+    after_steps(twin, masks)
+    assert same_bits(outputs(twin), outputs(model))
+    assert_same_adapters(adapter(twin), adapter(model))
+    load_adapter(twin, {})
+    assert_same_tensors(weights_of(twin), base)
+    assert not torch.equal(outputs(model), outputs(twin))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("target", ["untrained", "other base"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_state_dict_round_trip(dtype, target, assign):
+    model = mlp(dtype)
+    base, masks = weights_of(model), random_masks(model)
+    deltas = sparsify(model, masks)
+    train_steps(model, deltas, 3, seed=0)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert {"0.weight", "0.index", "0.delta"} <= set(state)
+
+    other = mlp(dtype, seed=0 if target == "untrained" else 5)
+    others = sparsify(other, masks)
+    if target == "other base":
+        train_steps(other, others, 2, seed=3)
+    other.load_state_dict(state, assign=assign)
+    assert same_bits(outputs(other), outputs(model))
+    assert_same_adapters(adapter(other), adapter(model))
+    after_steps(model, masks)
+    after_steps(other, masks)
+    assert same_bits(outputs(other), outputs(model))
+    load_adapter(other, {})
+    assert_same_tensors(weights_of(other), base)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_state_dict_round_trip_between_models_of_the_same_masks(dtype):
+    model, other = mlp(dtype), mlp(dtype, seed=5)
+    base = weights_of(model)
+    masks = [random_masks(model), random_masks(model, layers=("0", "3"))]
+    for m in (model, other):
+        perturb(sparsify(m, masks[0]))
+        perturb(remask(m, masks[1]))
+    other.load_state_dict(model.state_dict())
+    assert same_bits(outputs(other), outputs(model))
+    assert_same_adapters(adapter(other), adapter(model))
+    load_adapter(other, {})
+    assert_same_tensors(weights_of(other), base)
+
+
+def test_the_weights_of_a_state_dict_fit_a_plain_model():
+    model, _ = trained_mlp()
+    plain = mlp(seed=5)
+    plain.load_state_dict({name: model.state_dict()[name] for name in plain.state_dict()})
+    assert same_bits(outputs(plain), outputs(model))
+
+
+CASTS = {
+    "to bfloat16": (lambda m: m.to(torch.bfloat16), torch.bfloat16),
+    "to float64": (lambda m: m.to(torch.float64), torch.float64),
+    "double": (lambda m: m.double(), torch.float64),
+    "bfloat16": (lambda m: m.bfloat16(), torch.bfloat16),
+    "to device and type": (lambda m: m.to("cpu", torch.bfloat16), torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("start", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cast_keeps_delta_and_its_gradient_in_float32(start, cast):
+    model, deltas = trained_mlp(start)
+    before = [delta.detach().clone() for delta in deltas]
+    grads = [delta.grad.clone() for delta in deltas]
+    carried = adapter(model)
+    convert, dtype = CASTS[cast]
+    assert convert(model) is model
+    kept = [model.get_submodule(name).delta for name in LAYERS]
+    assert [id(delta) for delta in kept] == [id(delta) for delta in deltas], "an optimizer holds others"
+    for delta, value, grad in zip(deltas, before, grads, strict=True):
+        assert same_bits(delta, value) and same_bits(delta.grad, grad)
+        delta.grad = None
+    assert all(m.weight.dtype == dtype for m in linears(model).values())
+    assert_same_adapters(adapter(model), carried)
+    outputs(model)
+    model(probe(dtype)).square().sum().backward()
+    assert all(delta.grad.dtype == torch.float32 and delta.grad.abs().sum() > 0 for delta in deltas)
+    train_steps(model, deltas, 1, seed=0)
+    assert all(delta.dtype == torch.float32 for delta in deltas)
+
+
+def trained(model, deltas):
+    outputs(model)
+
+
+def with_pending_change(model, deltas):
+    outputs(model)
+    perturb(deltas)
+
+
+def with_entries_that_left_the_mask(model, deltas):
+    perturb(remask(model, random_masks(model, density=0.1, layers=("0", "5"))))
+
+
+@pytest.mark.parametrize("state", [trained, with_pending_change, with_entries_that_left_the_mask])
+@pytest.mark.parametrize("cast", CASTS)
+def test_a_cast_model_is_the_cast_base_with_the_same_correction(cast, state):
+    model, deltas = trained_mlp()
+    state(model, deltas)
+    convert, _ = CASTS[cast]
+    base = convert(mlp())
+    other = copy.deepcopy(base)
+    load_adapter(other, adapter(model))
+    convert(model)
+    assert_same_tensors(weights_of(model), weights_of(other))
+    assert same_bits(outputs(model), outputs(other))
+    remask(model, random_masks(model))
+    assert same_bits(outputs(model), outputs(other))
+    load_adapter(model, {})
+    assert_same_tensors(weights_of(model), weights_of(base))
