@@ -1,6 +1,7 @@
 """What several test files build and compare: toy models with their data, bits, the memory of operations."""
 
 import copy
+import weakref
 
 import torch
 import torch.nn as nn
@@ -348,17 +349,25 @@ def memory(tensor):
     return tensor.untyped_storage().data_ptr()
 
 
-class Allocations(TorchDispatchMode):
-    """The sizes of all tensors that operators return in memory of their own."""
+class Memory(TorchDispatchMode):
+    """What operators take for the tensors they make: `largest` in entries, `peak` in bytes alive at once."""
 
     def __init__(self):
         super().__init__()
-        self.numels = []
+        self.largest = self.peak = 0
+        self.made = []  # (a weak reference to the tensor, the address of its memory, the bytes there)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {memory(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
+        self.made = [entry for entry in self.made if entry[0]() is not None]
+        known = {address for _, address, _ in self.made}
         for t in tree_leaves(result):
-            if isinstance(t, torch.Tensor) and memory(t) not in given:
-                self.numels.append(t.untyped_storage().nbytes() // t.element_size())
+            if isinstance(t, torch.Tensor):
+                size = t.untyped_storage().nbytes()
+                if memory(t) not in given:
+                    self.largest = max(self.largest, size // t.element_size())
+                if memory(t) not in given or memory(t) in known:  # new, or a view that keeps it alive
+                    self.made.append((weakref.ref(t), memory(t), size))
+        self.peak = max(self.peak, sum({address: size for _, address, size in self.made}.values()))
         return result

@@ -122,20 +122,21 @@ def test_load_adapter_takes_int32_indices():
     assert same_bits(outputs(other), outputs(model))
 
 
-BAD_ENTRIES = {  # for a weight of (4, 5)
-    "shape transposed": (torch.tensor([0, 1]), torch.ones(2), (5, 4)),
-    "shape larger": (torch.tensor([0, 1]), torch.ones(2), (4, 6)),
-    "nan": (torch.tensor([0, 1]), torch.tensor([1.0, math.nan]), (4, 5)),
-    "infinite": (torch.tensor([0, 1]), torch.tensor([-math.inf, 1.0]), (4, 5)),
-    "float indices": (torch.tensor([0.0, 1.0]), torch.ones(2), (4, 5)),
-    "integer values": (torch.tensor([0, 1]), torch.ones(2, dtype=torch.int64), (4, 5)),
-    "float64 values": (torch.tensor([0, 1]), torch.ones(2, dtype=torch.float64), (4, 5)),
-    "duplicate": (torch.tensor([1, 1]), torch.ones(2), (4, 5)),
-    "unsorted": (torch.tensor([2, 1]), torch.ones(2), (4, 5)),
-    "too large": (torch.tensor([0, 20]), torch.ones(2), (4, 5)),
-    "negative": (torch.tensor([-1, 0]), torch.ones(2), (4, 5)),
-    "too few values": (torch.tensor([0, 1]), torch.ones(1), (4, 5)),
-    "too many values": (torch.tensor([0, 1]), torch.ones(3), (4, 5)),
+GOOD = torch.tensor([0, 1])
+BAD_ENTRIES = {  # for a weight of (4, 5): the adapter's entry and what the message says
+    "shape transposed": (GOOD, torch.ones(2), (5, 4), "shape .5, 4"),
+    "shape larger": (GOOD, torch.ones(2), (4, 6), "shape .4, 6"),
+    "nan": (GOOD, torch.tensor([1.0, math.nan]), (4, 5), "finite"),
+    "infinite": (GOOD, torch.tensor([-math.inf, 1.0]), (4, 5), "finite"),
+    "float indices": (GOOD.float(), torch.ones(2), (4, 5), "indices"),
+    "integer values": (GOOD, torch.ones(2, dtype=torch.int64), (4, 5), "float32"),
+    "float64 values": (GOOD, torch.ones(2, dtype=torch.float64), (4, 5), "float32"),
+    "duplicate": (torch.tensor([1, 1]), torch.ones(2), (4, 5), "indices"),
+    "unsorted": (torch.tensor([2, 1]), torch.ones(2), (4, 5), "indices"),
+    "too large": (torch.tensor([0, 20]), torch.ones(2), (4, 5), "indices"),
+    "negative": (torch.tensor([-1, 0]), torch.ones(2), (4, 5), "indices"),
+    "too few values": (GOOD, torch.ones(1), (4, 5), "one an index"),
+    "too many values": (GOOD, torch.ones(3), (4, 5), "one an index"),
 }
 
 
@@ -145,8 +146,9 @@ def test_a_wrong_adapter_is_refused_and_changes_nothing(case, start):
     model = start(mlp)
     before = snapshot(model)
     good = (torch.tensor([3, 4]), torch.tensor([1.0, 2.0]), (8, 6))
-    with pytest.raises(ValueError):
-        load_adapter(model, {"0": good, "5": BAD_ENTRIES[case]})
+    *entry, message = BAD_ENTRIES[case]
+    with pytest.raises(ValueError, match=f"layer '5'.*{message}"):
+        load_adapter(model, {"0": good, "5": entry})
     assert_as_found(model, before)
     load_adapter(model, {"0": good})
 
@@ -159,7 +161,7 @@ def test_an_adapter_for_other_layers_is_refused_and_changes_nothing(case, start)
     before = snapshot(model)
     good = (torch.tensor([3, 4]), torch.tensor([1.0, 2.0]), (8, 6))
     shape = (4, 4) if "attention" in name else (4, 5)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=f"no linear layer '{name}'"):
         load_adapter(model, {"0": good, name: (torch.tensor([0]), torch.ones(1), shape)})
     assert_as_found(model, before)
 

@@ -60,7 +60,7 @@ BAD_INDICES = {
 def test_wrong_indices_are_refused_and_change_nothing(case, call, start):
     model = start(mlp)
     before = snapshot(model)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="'5'.* indices .* below 20"):
         call(model, {"0": torch.tensor([1, 2]), "5": BAD_INDICES[case]})  # 5 has 20 weights
     assert_as_found(model, before)
     call(model, {"0": torch.tensor([1, 2]), "5": torch.tensor([0, 19])})
@@ -72,7 +72,7 @@ def test_wrong_names_and_tied_weights_are_refused_and_change_nothing(case, call,
     make, name = BAD_NAMES[case]
     model = start(make)
     before = snapshot(model)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=f"no linear layer '{name}'"):
         call(model, {"0": torch.tensor([1, 2]), name: torch.tensor([0, 1])})
     assert_as_found(model, before)
 
