@@ -10,90 +10,133 @@ After Liu et al., "Refining Salience-Aware Sparse Fine-Tuning Strategies for Lan
 (arXiv 2412.13488). In the formulas θ is a weight, ℓ the mean loss over the scoring samples, g = ∂ℓ/∂θ.
 """
 
+import collections
 import contextlib
+import dataclasses
 import math
 
-import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
-# ----------------------------------------------------------------------------------------------------------
-# 1. Salience: a score for every weight
+# --- 1. Salience: a score for every weight ---
 
 
 def salience(model, metric, batches, loss_fn, layers=None):
     """Score every weight of the chosen linear layers (paper, section 3).
 
-    metric: a key of METRICS. batches: tuples of tensors (B, ...), the model's input first. loss_fn(model,
-    batch): the samples' losses (B,) or their mean. layers: a predicate on module names; default all.
+    metric: a key of METRICS. batches: tuples or dicts of tensors (B, ...), the model's input first.
+    loss_fn(model, batch): the samples' losses (B,) or their mean. layers: a predicate on module names.
     Returns {module name: float32 score of the weight's shape}; scores too large or too small for float32 are
-    all multiplied by one power of two. The model is left exactly as it was found.
-    Raises ValueError for an unknown metric, no matching layer, missing data, or a score that is missing, not
-    of its weight's shape or not finite.
+    all multiplied by one power of two. The model is left exactly as it was found. In a process group every
+    process brings batches of its own, and all get the same scores, those of all samples.
+    Raises ValueError, naming what is wrong, where a score would not be what the metric says.
     """
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}: choose from {', '.join(METRICS)}")
-    weights = {name: module.weight for name, module in linear_layers(model, layers).items()}
-    if not weights:
-        raise ValueError("no layer to score: `layers` matches no nn.Linear with a weight of its own")
-    for _, module in _sparse_layers(model):
-        module.sync()
-    with torch.enable_grad(), _left_as_found(model):
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        scores = METRICS[metric](model, weights, list(batches or ()), loss_fn)
+    modules = linear_layers(model, layers)
+    if not modules:
+        kinds = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
+        raise ValueError(f"no layer to score: `layers` matches no nn.Linear with its own weight in {kinds}")
+    batches = [] if batches is None else list(batches)
+    with _left_as_found(model, modules):
+        weights = {name: module.weight.requires_grad_() for name, module in modules.items()}
+        scores = METRICS[metric](model, weights, batches, loss_fn)
     for name, weight in weights.items():
-        if name not in scores or scores[name].shape != weight.shape:
-            raise ValueError(f"metric {metric!r}: layer {name!r} has no score of its weight's shape")
-        if not scores[name].isfinite().all():
-            raise ValueError(f"metric {metric!r}: layer {name!r} has a score that is not finite")
-    return {name: score.detach().float() for name, score in _in_range(scores).items()}
+        if name not in scores or scores[name].shape != weight.shape or not scores[name].isfinite().all():
+            raise ValueError(f"metric {metric!r}: layer {name!r} has no finite score of its weight's shape")
+    scores = {name: score.detach().contiguous() for name, score in _as_float32(scores).items()}
+    if dist.is_initialized():  # what is drawn or rounded may differ between processes
+        for score in scores.values():
+            dist.broadcast(score, 0)
+    return scores
 
 
 def linear_layers(model, layers=None):
     """{name: module} of the linear layers that can be scored and sparsified.
 
-    These are the modules whose type is exactly nn.Linear or SparseLinear and whose weight is theirs alone: a
-    correction of an output head that is tied to the embedding would change the embedding.
+    These are the modules whose type is exactly nn.Linear or SparseLinear and whose weight is a floating-point
+    parameter of theirs alone: a correction of an output head that is tied to the embedding would change the
+    embedding. Names are those of the model before torch.compile wrapped it.
     """
-    used = [p.data_ptr() for m in model.modules() for p in m.parameters(recurse=False)]
-    own = {name: m for name, m in model.named_modules()
-           if type(m) in (nn.Linear, SparseLinear) and used.count(m.weight.data_ptr()) == 1}  # fmt: skip
+    if layers is not None and not callable(layers):
+        raise ValueError(f"`layers` has to be a function of a module's name, not {layers!r}")
+    used = collections.Counter(p.data_ptr() for m in model.modules() for p in m.parameters(recurse=False))
+    own = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight") if type(module) in (nn.Linear, SparseLinear) else None
+        if weight is not None and weight.is_floating_point() and weight.numel() and used[weight.data_ptr()] == 1:
+            own[name.replace("_orig_mod.", "")] = module
     return {name: module for name, module in own.items() if layers is None or layers(name)}
 
 
 @contextlib.contextmanager
-def _left_as_found(model):
-    """Eval mode, no gradients and nothing that requires one; afterwards all is as it was, bit for bit."""
-    with contextlib.ExitStack() as afterwards:
-        for parameter in model.parameters():
-            afterwards.callback(setattr, parameter, "requires_grad", parameter.requires_grad)
-            afterwards.callback(setattr, parameter, "grad", parameter.grad)
-        for module in model.modules():
-            afterwards.callback(setattr, module, "training", module.training)
-            for name, buffer in module.named_buffers(recurse=False):
-                afterwards.callback(setattr, module, name, buffer)
-                afterwards.callback(buffer.data.copy_, buffer.clone())
-        model.eval().requires_grad_(False)
-        model.zero_grad()
-        yield
+def _left_as_found(model, modules):
+    """Eval mode, no gradients and nothing that requires one; afterwards all is as it was, bit for bit.
+
+    Raises ValueError for a layer of `modules` that ran, but only where autograd records nothing.
+    """
+    if any(parameter._post_accumulate_grad_hooks for parameter in model.parameters()):
+        raise ValueError("the model has a hook that acts on gradients, as an optimizer might: remove it first")
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
+    recorded = {name: set() for name in modules}
+    hooks = [module.register_forward_pre_hook(lambda *_, name=name: recorded[name].add(torch.is_grad_enabled()))
+             for name, module in modules.items()]  # fmt: skip
+    model.eval()
+    model.requires_grad_(False)
+    model.zero_grad()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, requires_grad, gradient in parameters:
+            parameter.requires_grad, parameter.grad = requires_grad, gradient
+        for module, training in modes:
+            module.training = training
+        for module, name, buffer, value in buffers:
+            buffer.data.copy_(value)
+            setattr(module, name, buffer)
+    for name, modes in recorded.items():
+        if modes == {False}:
+            raise ValueError(f"layer {name!r} runs without gradients: under no_grad, or in a reentrant checkpoint "
+                             "none of whose inputs requires one (use_reentrant=False works)")  # fmt: skip
 
 
-def _in_range(scores, power=1):
-    """The scores; all multiplied by one power of two if the largest, to this power, is beyond float32."""
-    largest = max(score.abs().max().item() for score in scores.values())
-    exponent = power * math.frexp(largest)[1]
-    if -125 <= exponent <= 127:
-        return scores
-    scale = 2.0 ** min((127 - exponent) // power, 1023)
-    return {name: score.double() * scale for name, score in scores.items()}
+def _as_float32(scores):
+    """The scores in float32; all multiplied by one power of two if the largest is beyond its range."""
+    exponent = math.frexp(max(score.abs().max().item() for score in scores.values()))[1]
+    scale = 1 if -125 <= exponent <= 127 else 2.0 ** min(127 - exponent, 1023)
+    return {name: (score.double() * scale if scale != 1 else score).float() for name, score in scores.items()}
 
 
-def _count_samples(batches):
-    count = sum(len(batch[0]) for batch in batches)
-    if count == 0:
-        raise ValueError("this metric needs data, and `batches` is empty")
+def _tensors(value):
+    """The tensors of a batch or an output: of tuples, lists, dicts and dataclasses, in their order."""
+    if isinstance(value, collections.abc.Mapping) or dataclasses.is_dataclass(value):
+        value = dict(value) if isinstance(value, collections.abc.Mapping) else vars(value)
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _count_samples(batches, weights):
+    """How many samples the batches of all processes hold; every process has to have some."""
+    here = sum(len(_tensors(batch)[0]) for batch in batches)
+    counts = torch.tensor([here, here == 0], device=next(iter(weights.values())).device)
+    count, empty = sum_over_processes(counts).tolist()
+    if empty:
+        raise ValueError("this metric needs data, and `batches` is empty, at least in one process")
     return count
+
+
+def sum_over_processes(tensor):
+    """The tensor, summed in place over all processes if there is a process group."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def _own_random_state(weights):
@@ -102,26 +145,31 @@ def _own_random_state(weights):
 
 
 def mean_gradient(model, weights, batches, loss_fn, power=1):
-    """{name: g}, the gradient of the mean loss over all samples, from one backward pass a batch.
+    """{name: g}, the gradient of the mean loss over the samples of all processes.
 
-    With a power, the mean of the samples' gradients to that power, where every batch is one sample. A
-    gradient is used and freed as soon as it has been produced: memory holds one layer's at a time.
+    With a power, the mean of the samples' gradients to that power, where every batch is one sample.
     """
     mean = {w: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float)) for w in weights.values()}
-    share = 1 / _count_samples(batches)
+    share = 1 / _count_samples(batches, weights)
 
     def consume(weight):
         mean[weight].add_(weight.grad.to(mean[weight]) ** power, alpha=share)
         weight.grad = None
 
-    with contextlib.ExitStack() as meanwhile:
-        meanwhile.enter_context(_own_random_state(weights))
-        for weight in weights.values():
-            meanwhile.enter_context(weight.register_post_accumulate_grad_hook(consume))
+    with _own_random_state(weights), contextlib.ExitStack() as hooks:
+        # A sum may be taken in parts, as soon as they come: memory holds one layer's gradient at a time. A
+        # power has to wait for the whole: a layer in a reentrant checkpoint may get its gradient in parts.
+        for weight in weights.values() if power == 1 else ():
+            hooks.enter_context(weight.register_post_accumulate_grad_hook(consume))
         for batch in batches:
-            loss = loss_fn(model, batch)
-            (loss.sum() if loss.dim() else loss * len(batch[0])).backward()
-    return {name: mean[w] for name, w in weights.items()}
+            loss, count = loss_fn(model, batch), len(_tensors(batch)[0])
+            if loss.shape not in ((), (count,)):
+                raise ValueError(f"loss_fn returns {tuple(loss.shape)}, not {count} samples' losses or their mean")
+            (loss.sum() if loss.dim() else loss * count).backward()
+            for weight in weights.values():
+                if weight.grad is not None:
+                    consume(weight)
+    return {name: sum_over_processes(mean[w].contiguous()) for name, w in weights.items()}
 
 
 def random(model, weights, batches, loss_fn):
@@ -142,8 +190,7 @@ def grad(model, weights, batches, loss_fn):
 def force(model, weights, batches, loss_fn):
     """−g ⊙ θ, rounded to float32 once, so that the metrics made from it agree on which entries tie."""
     g = mean_gradient(model, weights, batches, loss_fn)
-    product = _in_range({name: g[name].mul_(w.detach()).neg_() for name, w in weights.items()})
-    return {name: p.float() for name, p in product.items()}
+    return _as_float32({name: g[name].mul_(w.detach()).neg_() for name, w in weights.items()})
 
 
 def snip(model, weights, batches, loss_fn):
@@ -152,9 +199,8 @@ def snip(model, weights, batches, loss_fn):
 
 
 def taylor(model, weights, batches, loss_fn):
-    """(g ⊙ θ)²: ranks exactly like SNIP."""
-    product = _in_range(force(model, weights, batches, loss_fn), power=2)  # so that no square overflows
-    return {name: p.square_() for name, p in product.items()}
+    """(g ⊙ θ)², which ranks exactly like SNIP: in float64, so that no square overflows or vanishes."""
+    return {name: p.double().square() for name, p in force(model, weights, batches, loss_fn).items()}
 
 
 def grasp(model, weights, batches, loss_fn):
@@ -177,47 +223,51 @@ def grasp(model, weights, batches, loss_fn):
 
 
 def fisher(model, weights, batches, loss_fn):
-    """E[g_n²], the mean over samples n of the squared gradient of that sample's loss.
-
-    By definition: a backward pass a sample.
-    """
-    samples = [tuple(part[n : n + 1] for part in batch) for batch in batches for n in range(len(batch[0]))]
+    """E[g_n²], the mean over samples n of that sample's squared gradient: by definition, one by one."""
+    samples = []
+    for batch in batches:
+        parts = dict(batch) if isinstance(batch, collections.abc.Mapping) else batch
+        for n in range(len(_tensors(batch)[0])):
+            samples.append(pytree.tree_map_only(torch.Tensor, lambda part: part[n : n + 1], parts))
     return mean_gradient(model, weights, samples, loss_fn, power=2)
 
 
 def synflow(model, weights, batches, loss_fn):
     """(∂R/∂θ) ⊙ θ, where R sums the outputs of the linearised network for an input of ones.
 
-    Data-free: of the batches only the input's shape is used. For networks of linear layers, embeddings,
-    norms, attention by scaled_dot_product_attention and the activations named below.
+    Data-free: of the batches only the input's shape is used. ValueError for what cannot be linearised.
     """
-    _count_samples(batches)
-    example = batches[0][0][:1]
+    _count_samples(batches, weights)
+    example = _tensors(batches[0])[0][:1]
     if example.is_floating_point():
         example = torch.ones_like(example, dtype=torch.float64, requires_grad=True)
     else:
         example = example[..., :1]  # token ids: one position
     positive = {w: w.detach().abs().double().requires_grad_() for w in weights.values()}
     with _own_random_state(weights), _Linearised(positive):
-        output = model(example)
-    output = output[0] if isinstance(output, tuple) else output
-    gradients = torch.autograd.grad(output.sum(), list(positive.values()), materialize_grads=True)
+        named = isinstance(batches[0], collections.abc.Mapping)
+        output = model(**{next(iter(batches[0])): example}) if named else model(example)
+    total = _tensors(output)[0].sum()
+    gradients = torch.autograd.grad(total, list(positive.values()), materialize_grads=True)
     return {name: g * positive[w].detach() for (name, w), g in zip(weights.items(), gradients)}
 
 
 class _Linearised(torch.overrides.TorchFunctionMode):
     """The network as SynFlow sees it, in float64: absolute weights, no biases, no non-linearity.
 
-    Activations, and attention over one position, pass their input on; an embedding looks up ones; a norm is
-    its gain. A product of two activations (a gated MLP) is their geometric mean, since a plain product would
-    square the signal in every block.
+    The signal is all that requires a gradient. Activations, and attention over one position, pass it on; an
+    embedding looks up ones; a norm is its gain. A product of two signals (a gated MLP) is their geometric mean,
+    since a plain product would square the signal in every block. Whatever else the signal meets has to be
+    linear: twice the input, twice the output.
     """
 
-    PASSED_ON = {"scaled_dot_product_attention": 2} | dict.fromkeys(
-        "relu relu_ relu6 leaky_relu prelu elu celu selu gelu silu mish tanh tanh_ sigmoid sigmoid_ softplus "
-        "softsign hardtanh hardswish hardsigmoid logsigmoid".split(), 0)  # function: its argument # fmt: skip
-    PRODUCTS = set("mul mul_ multiply multiply_ __mul__ __rmul__ __imul__".split())
-    GAINS = {"layer_norm": 2, "rms_norm": 2, "batch_norm": 3}
+    WEIGHTED = {"linear", "conv1d", "conv2d", "conv3d"}  # functions of (input, weight, bias, ...)
+    PASSED_ON = set("relu6 elu celu selu gelu silu mish tanh tanh_ sigmoid sigmoid_ softplus softsign hardtanh "
+                    "hardswish hardsigmoid logsigmoid pow __pow__ square to float type type_as".split())  # fmt: skip
+    GAINS = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 3}  # function: its argument
+    SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+    PRODUCTS = {"mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"}
+    MATRIX_PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum"}
 
     def __init__(self, positive):
         super().__init__()
@@ -229,27 +279,41 @@ class _Linearised(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.__name__, kwargs or {}
         given = (*args, *kwargs.values())  # functions are called with and without keywords
-        if name == "linear":
-            return nn.functional.linear(given[0], self.absolute(given[1]))
+        signals = [t for t in _tensors(given) if t.requires_grad and not isinstance(t, nn.Parameter)]
         if name == "embedding":
             return torch.ones_like(func(*args, **kwargs), dtype=torch.float64, requires_grad=True)
+        if not signals:
+            return func(*args, **kwargs)
+        if name in self.WEIGHTED:
+            return func(given[0], self.absolute(given[1]), None, *given[3:])
         if name in self.PASSED_ON:
-            return kwargs.get("value", given[self.PASSED_ON[name]])
+            return given[0]
         if name in self.GAINS:
             gain = given[self.GAINS[name]] if len(given) > self.GAINS[name] else None
-            return given[0] * self.absolute(gain) if isinstance(gain, torch.Tensor) else given[0]
-        if name in self.PRODUCTS and all(isinstance(factor, torch.Tensor) for factor in given):
-            a, b = (self.absolute(factor) if isinstance(factor, nn.Parameter) else factor for factor in given)
-            if a.requires_grad and b.requires_grad:  # the roots first: the product may overflow
-                a, b = a.clamp(min=1e-300).sqrt(), b.clamp(min=1e-300).sqrt()
-            return a * b
-        return func(*args, **kwargs)
+            shape = (-1, *[1] * (given[0].dim() - 2)) if name in ("group_norm", "batch_norm") else (-1,)
+            return given[0] if gain is None else given[0] * self.absolute(gain).view(shape)
+        if name == "scaled_dot_product_attention":
+            value = kwargs.get("value", given[2])
+            return value.repeat_interleave(given[0].size(1) // value.size(1), 1)  # to all heads of a group
+        if name == "rsqrt" or name == "softmax" and given[0].size(kwargs.get("dim", given[1])) == 1:
+            return torch.ones_like(given[0]).detach()  # a norm or attention written by hand
+        if name in self.MATRIX_PRODUCTS and len(signals) == 2:
+            return func(*args, **kwargs) * math.nan  # queries and keys, which only softmax may use
+        if name in self.PRODUCTS and len(signals) == 2:
+            return math.prod(factor.clamp(min=1e-300).sqrt() for factor in signals)  # the product may overflow
+        replaced = torch.zeros_like if name in self.SUMS else self.absolute  # a parameter added is a bias
+        args, kwargs = pytree.tree_map_only(nn.Parameter, replaced, (args, kwargs))
+        result = func(*args, **kwargs)
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t + t if t.requires_grad else t, (args, kwargs))
+        for once, twice in zip(_tensors(result), _tensors(func(*args, **kwargs))):
+            if once.requires_grad and not torch.allclose(once + once, twice, rtol=1e-3, equal_nan=True):
+                raise ValueError(f"SynFlow cannot linearise the operation {name}")
+        return result
 
 
 METRICS = {f.__name__: f for f in (random, magnitude, grad, snip, force, taylor, synflow, grasp, fisher)}
 
-# ----------------------------------------------------------------------------------------------------------
-# 2. Masks: which entries to train
+# --- 2. Masks: which entries to train ---
 
 
 def select(scores, density, scope):
@@ -277,94 +341,115 @@ def select(scores, density, scope):
 
 def _top(scores, count):
     """The flat indices of the `count` largest scores; copies at most about `count` scores and one layer's."""
-    top, least, indices = [], math.nan, {}
+    top, least, indices = torch.empty(0), -math.inf, {}
     for score in scores.values():
-        # What is no larger than the least of the largest so far cannot raise it. At first, with nan, every
-        # comparison is false: all scores pass.
-        top.append(score[~(score <= least)].detach().cpu().numpy())
-        if sum(map(len, top)) >= 1.5 * count:
-            top = [np.sort(np.concatenate(top))[-count:]]
-            least = float(top[0][0])
-    top = np.sort(np.concatenate(top))[-count:]
-    threshold, ties = float(top[0]), count - (top > top[0]).sum()
+        top = torch.cat((top, score[score >= least].detach().cpu()))
+        if len(top) >= 1.5 * count:
+            top = top.topk(count).values
+            least = top[-1].item()  # what is lower than the least of the largest so far is not among them
+    least = top.topk(count).values[-1].item()
+    ties = count - (top > least).sum().item()
     for name, score in scores.items():
-        tied = (score == threshold).nonzero()[:ties]
-        indices[name] = torch.cat(((score > threshold).nonzero(), tied)).squeeze(1).sort().values
+        tied = (score == least).nonzero()[:ties]
+        indices[name] = torch.cat(((score > least).nonzero(), tied)).squeeze(1).sort().values
         ties -= len(tied)
     return indices
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 3. Training the kept entries
+# --- 3. Training the kept entries ---
 
 
 class SparseLinear(nn.Linear):
-    """A linear layer whose weight is frozen but for the entries `index`, corrected by the vector `delta`.
+    """A linear layer whose weight (out, in) is frozen but for some entries, corrected by the vector `delta`.
 
-    weight (out, in): the effective weight, corrected in place, so that a forward pass is one F.linear.
-    index (k,): the trained entries' flat positions, row-major and sorted. delta (k,): the trainable
-    correction, float32 whatever the weight's type, zero at first. Of every entry that this mask or an earlier
-    one trains, `known` (m,) is the position, sorted, `original` the value in the base, and `carried` what
-    earlier masks learned; `place` (k,) is where `index` stands in `known`. The effective value is
-        original + (carried + delta).
+    delta (k,): the trainable correction of the mask's entries, float32 whatever the weight's type, zero at
+    first. known (m,): sorted flat positions of every entry that this mask or an earlier one trains; original
+    (m,): their values in the base. Without an earlier mask `known` is the mask; else carried (m,) is what the
+    earlier ones learned, and place (k,) where the mask's entries stand in `known`. The effective value
+        original + (carried + delta)
+    stands in place of the base's. Nobody else may write into the weight: its known entries are written anew
+    whenever it is read.
     """
 
-    BUFFERS = ("index", "place", "known", "original", "carried")
+    BUFFERS = ("known", "original", "carried", "place")
+    PLAN = ("places", "columns", "rows")  # of `cover`; not part of the state
 
     def set_mask(self, index):
         """Train the entries `index` from now on. What was learned stays in the weight, exactly."""
-        self.weight.data = self.weight.data.contiguous()  # else there is no flat view
-        weight = self.weight.data.view(-1)
-        index = index.to(weight.device, torch.int64, copy=True)
-        known, carried = index.clone(), torch.zeros_like(index, dtype=torch.float32)
+        weight = self._parameters["weight"]
+        weight.data = weight.data.contiguous()  # else there is no flat view
+        flat = weight.data.view(-1)
+        known = index = index.to(flat.device, torch.int64, copy=True)
+        carried = place = None
         if "known" in self._buffers:  # no plain linear layer any more
-            weight[self.known] = self.original  # for a moment the layer is its original self
+            flat[self.known] = self.original  # for a moment the layer is its original self
             known = torch.cat((self.known, index)).unique()
             carried = torch.zeros_like(known, dtype=torch.float32)
             carried[torch.searchsorted(known, self.known)] = self.total()
-        buffers = (index, torch.searchsorted(known, index), known, weight[known], carried)
-        for name, buffer in zip(self.BUFFERS, buffers):
+            place = torch.searchsorted(known, index)
+        for name, buffer in zip(self.BUFFERS, (known, flat[known], carried, place)):
             self.register_buffer(name, buffer)
-        self.delta = nn.Parameter(torch.zeros_like(index, dtype=torch.float32))
-        self.planned = None
+        self.delta = nn.Parameter(torch.zeros_like(index, dtype=torch.float32), requires_grad=len(index) > 0)
+        self.plan()
         self.sync()
+
+    @property
+    def index(self):
+        """The mask's entries (k,): sorted flat positions, row-major."""
+        return self.known if self.place is None else self.known[self.place]
+
+    def plan(self):
+        """Find how to form this mask's gradient."""
+        *tensors, self.n_crowded = cover(self.index, *self._parameters["weight"].shape)
+        for name, tensor in zip(self.PLAN, tensors):
+            self.register_buffer(name, tensor, persistent=False)
 
     def total(self):
         """What has been learned so far: the correction (m,) of each known entry."""
-        return self.carried.index_add(0, self.place, self.delta.detach())
+        delta = self.delta.detach()
+        return delta if self.place is None else self.carried.index_add(0, self.place, delta)
 
     def sync(self):
         """Make the weight right, however `delta` was changed: m entries, cheap at every forward pass."""
-        # Through .data, so that autograd takes no notice: delta is not to change between a forward pass and
-        # its backward pass.
-        values = (self.original + self.total()).to(self.weight.dtype)  # the sum in float32 or wider
-        self.weight.data.view(-1).scatter_(0, self.known, values)
+        weight = self._parameters["weight"].data  # through .data, so that autograd takes no notice
+        values = (self.original + self.total()).to(weight.dtype)  # the sum in float32 or wider
+        weight.view(-1).scatter_(0, self.known, values)
+
+    @property
+    def weight(self):
+        """The effective weight. Whoever computes with it trains `delta`, by way of the dense gradient."""
+        self.sync()
+        weight = self._parameters["weight"]
+        return _Corrected.apply(weight, self.delta, self.index) if self.trains() else weight
+
+    def trains(self):
+        """Whether a forward pass is for delta's gradient: not where the layer is frozen, or being scored."""
+        scored = self._parameters["weight"].requires_grad
+        return torch.is_grad_enabled() and self.delta.requires_grad and not scored
 
     def forward(self, x):
+        if self.places is None or not self.trains():
+            return F.linear(x, self.weight, self.bias)
         self.sync()
-        trained = torch.is_grad_enabled() and self.delta.requires_grad and self.delta.numel()
-        if not trained or self.weight.requires_grad:  # frozen, or being scored
-            return nn.functional.linear(x, self.weight, self.bias)
-        y = _SparseGradient.apply(x, self.weight, self.bias, self.delta, *self.plan())
+        weight, plan = self._parameters["weight"], (self.places, self.columns, self.rows, self.n_crowded)
+        y = _CoveredLinear.apply(x, weight, self.bias, self.delta, *plan)
         return y.view(*x.shape[:-1], self.out_features)
-
-    def plan(self):
-        """`cover` of the mask, found again only if `index` is another tensor or has changed in place."""
-        key = self.index.data_ptr(), self.index._version
-        if self.planned is None or self.planned[0] != key:
-            # The tensor is kept, so that no other can come to stand at its address.
-            self.planned = key, cover(self.index, *self.weight.shape), self.index
-        return self.planned[1]
 
     def plain(self):
         """Become an nn.Linear again, with the weight as it stands."""
-        for name in ("delta", "planned", *self.BUFFERS):
+        for name in ("delta", "n_crowded", *self.BUFFERS, *self.PLAN):
             delattr(self, name)
         self.__class__ = nn.Linear
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self.sync()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        if prefix + "known" not in state_dict and prefix + "weight" in state_dict:
+            raise ValueError(f"layer {prefix[:-1]!r} is sparse: merge the model before you load a base's weights")
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        self.plan()
 
     def _apply(self, fn, recurse=True):
         # .to(torch.bfloat16) means the weights; corrections move along, but stay float32.
@@ -374,8 +459,48 @@ class SparseLinear(nn.Linear):
         return self
 
 
-# A column is crowded if this share of it is kept. 0: every column is, the dense product; inf: none is.
-LIMITS = (0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, math.inf)
+class _Corrected(torch.autograd.Function):
+    """The effective weight as a function of delta, whose gradient is gathered from the weight's."""
+
+    @staticmethod
+    def forward(ctx, weight, delta, index):
+        # delta only so that autograd refuses a backward pass after delta has changed, as it does for a weight.
+        ctx.save_for_backward(index, delta)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, dweight):
+        index, _ = ctx.saved_tensors
+        return None, dweight.reshape(-1).index_select(0, index).float(), None
+
+
+class _CoveredLinear(torch.autograd.Function):
+    """y (N, out) = x Wᵀ + b for x (..., in), N rows; of W's gradient only what `cover` planned, for delta."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, delta, places, columns, rows, n_crowded):
+        # Keep a copy of few columns, or else x itself, which other layers may keep as well.
+        x_rows = x.reshape(-1, x.size(-1))
+        ctx.shape, ctx.n_crowded, ctx.copied = x.shape, n_crowded, 2 * len(columns) < x.size(-1)
+        kept = x_rows.index_select(1, columns) if ctx.copied else x_rows
+        ctx.save_for_backward(kept, weight, places, columns, rows, delta)  # delta as in _Corrected
+        return F.linear(x_rows, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight, places, columns, rows, _ = ctx.saved_tensors
+        x = x if ctx.copied else x.index_select(1, columns)
+        # Under autocast dy is narrower than the weight and x.
+        x, weight = x.to(dy.dtype), weight.to(dy.dtype)
+        dx = (dy @ weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
+        crowded, others = x[:, : ctx.n_crowded].T, x[:, ctx.n_crowded :].T
+        whole = len(crowded) * dy.size(1)
+        products = dy.new_empty(whole + len(others) * len(rows))
+        torch.mm(crowded, dy, out=products[:whole].view(len(crowded), dy.size(1)))
+        torch.mm(others, dy.index_select(1, rows), out=products[whole:].view(len(others), len(rows)))
+        return dx, None, dbias, products.index_select(0, places).float(), None, None, None, None
 
 
 def cover(index, n_rows, n_columns):
@@ -383,76 +508,34 @@ def cover(index, n_rows, n_columns):
 
     Every entry of the gradient dyᵀ x is a product of one column of dy and one of x, so that
         x[:, crowded]ᵀ dy   and   x[:, others]ᵀ dy[:, rows]
-    are exactly those parts of it, transposed. Salience forms lines: the entries that matter lie in few
-    columns (input features) and rows (outputs). The first product takes crowded columns whole, the second the
-    columns and rows of the entries outside them. What counts as crowded is the cheapest of a few LIMITS.
+    are exactly those parts of it, transposed. Salience forms lines: the entries that matter lie in few columns
+    (input features) and rows (outputs). The first product takes whole the columns of which at least 1/32 is
+    trained, the second the columns and rows of the entries outside them.
     Returns places (k,), where the entries stand in the two products, laid flat one after the other; columns,
-    the crowded ones and then the others; how many are crowded; rows.
+    the crowded ones and then the others; rows; how many are crowded. All None where the whole is cheaper.
     """
     row, column = index // n_columns, index % n_columns
-    kept = column.bincount(minlength=n_columns)
-
-    def split(limit):
-        crowded = kept >= limit * n_rows
-        outside = ~crowded[column]
-        rows, others = row[outside].bincount(minlength=n_rows), column[outside].bincount(minlength=n_columns)
-        return outside, *(lines.nonzero().squeeze(1) for lines in (crowded, others, rows))
-
-    def cost(parts):
-        _, crowded, others, rows = parts
-        if len(crowded) == n_columns:
-            return n_rows * n_columns  # the dense product copies nothing
-        # The unit is the time that one entry's share of a product takes. As measured on a CPU, reading all of
-        # dy costs as much as 16 columns more, and copying a line of x or dy as much as 64 entries. On CUDA
-        # up to three more kernels have to be started, which takes as long as some 2^19 entries.
-        whole = n_rows * (len(crowded) + 16) + 64 * len(crowded) if len(crowded) else 0
-        return whole + len(others) * len(rows) + 64 * (len(others) + len(rows)) + 2**19 * index.is_cuda
-
-    outside, crowded, others, rows = min(map(split, LIMITS), key=cost)
+    is_crowded = column.bincount(minlength=n_columns) >= n_rows / 32
+    crowded, outside = is_crowded.nonzero().squeeze(1), ~is_crowded[column]
+    others, rows = column[outside].unique(), row[outside].unique()
+    # The unit is the time that one entry's share of a product takes. As measured on a CPU, reading all of dy
+    # costs as much as 16 columns more, and copying a line of x or dy as much as 64 entries. On CUDA up to three
+    # more kernels have to be started, which takes as long as some 2^19 entries.
+    cost = n_rows * (len(crowded) + 16) + len(others) * len(rows) + 64 * (len(crowded) + len(others) + len(rows))
+    if cost + 2**19 * index.is_cuda >= n_rows * n_columns:
+        return None, None, None, None
     in_first = torch.searchsorted(crowded, column) * n_rows + row
     in_second = torch.searchsorted(others, column) * len(rows) + torch.searchsorted(rows, row)
     places = torch.where(outside, len(crowded) * n_rows + in_second, in_first)
-    return places, torch.cat((crowded, others)), len(crowded), rows
-
-
-class _SparseGradient(torch.autograd.Function):
-    """y (N, out) = x Wᵀ + b for x (..., in), N rows; of W's gradient only what `cover` planned, for delta."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, delta, places, columns, n_crowded, rows):
-        # Keep a copy of few columns, or else x itself, which other layers may keep as well.
-        x_rows = x.reshape(-1, x.size(-1))
-        ctx.shape, ctx.n_crowded, ctx.copied = x.shape, n_crowded, 2 * len(columns) < x.size(-1)
-        kept = x_rows.index_select(1, columns) if ctx.copied else x_rows
-        ctx.save_for_backward(kept, weight, places, columns, rows)
-        return nn.functional.linear(x_rows, weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        kept, weight, places, columns, rows = ctx.saved_tensors
-        # Where all columns are crowded, they stand in order and need no copy.
-        x = kept if ctx.copied or ctx.n_crowded == kept.size(1) else kept.index_select(1, columns)
-        # Under autocast dy is narrower than the weight and x.
-        x, weight = x.to(dy.dtype), weight.to(dy.dtype)
-        dx = (dy @ weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
-        n, n_rows = ctx.n_crowded, dy.size(1)
-        products = dy.new_empty(n * n_rows + (x.size(1) - n) * len(rows))
-        if n:
-            torch.mm(x[:, :n].T, dy, out=products[: n * n_rows].view(n, n_rows))
-        if len(rows):
-            torch.mm(x[:, n:].T, dy.index_select(1, rows), out=products[n * n_rows :].view(-1, len(rows)))
-        return dx, None, dbias, products.index_select(0, places).float(), None, None, None, None
+    return places, torch.cat((crowded, others)), rows, len(crowded)
 
 
 def sparsify(model, indices):
     """Make the named linear layers SparseLinears in place and freeze everything else; returns the deltas.
 
     Deltas of an empty mask are left out, those of an earlier call freeze with everything else (`remask` is
-    the next mask's way). The layers have to be called as modules: a parent that reads
-    `layer.weight` itself, as nn.TransformerEncoderLayer's fast path does, gets the weight of the last forward
-    pass, and trains nothing.
+    the next mask's way). Buffers do not freeze: BatchNorm's statistics, which no adapter holds, still drift in
+    training mode.
 
     indices: {module name: sorted flat indices (k,)}, as `select` returns it.
     Raises ValueError, before anything is changed, for a name or an index that does not fit.
@@ -479,7 +562,8 @@ def remask(model, indices):
 
 
 def _sparse_layers(model):
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+    return [(name.replace("_orig_mod.", ""), module) for name, module in model.named_modules()
+            if isinstance(module, SparseLinear)]  # fmt: skip
 
 
 def _check_index(modules, name, index):
@@ -491,8 +575,7 @@ def _check_index(modules, name, index):
         raise ValueError(f"layer {name!r}: indices must be sorted, different integers below {size}")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 4. What was learned: out of a model, onto a model, into its weights
+# --- 4. What was learned: out of a model, onto a model, into its weights ---
 
 
 def adapter(model):
@@ -500,7 +583,8 @@ def adapter(model):
 
     Over remasks it is the union of all masks.
     """
-    return {name: (m.known.clone(), m.total(), tuple(m.weight.shape)) for name, m in _sparse_layers(model)}
+    layers = _sparse_layers(model)
+    return {name: (m.known.clone(), m.total().clone(), tuple(m.weight.shape)) for name, m in layers}
 
 
 def load_adapter(model, state):
