@@ -14,6 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import math
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -21,18 +22,15 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-# --- 1. Salience: a score for every weight ---
-
 
 def salience(model, metric, batches, loss_fn, layers=None):
-    """Score every weight of the chosen linear layers (paper, section 3).
+    """Score every weight of the chosen linear layers (paper, section 3); the model is left as it was found.
 
     metric: a key of METRICS. batches: tuples or dicts of tensors (B, ...), the model's input first.
     loss_fn(model, batch): the samples' losses (B,) or their mean. layers: a predicate on module names.
-    Returns {module name: float32 score of the weight's shape}; scores too large or too small for float32 are
-    all multiplied by one power of two. The model is left exactly as it was found. In a process group every
-    process brings batches of its own, and all get the same scores, those of all samples.
-    Raises ValueError, naming what is wrong, where a score would not be what the metric says.
+    Returns {module name: score of the weight's shape}, finite, in float32 or float64. In a process group every
+    process brings batches of its own, and all get the scores of all samples. Raises ValueError where a score
+    would not be what the metric says.
     """
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}: choose from {', '.join(METRICS)}")
@@ -41,13 +39,13 @@ def salience(model, metric, batches, loss_fn, layers=None):
         kinds = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
         raise ValueError(f"no layer to score: `layers` matches no nn.Linear with its own weight in {kinds}")
     batches = [] if batches is None else list(batches)
-    with _left_as_found(model, modules):
+    with _left_as_found(model):
         weights = {name: module.weight.requires_grad_() for name, module in modules.items()}
         scores = METRICS[metric](model, weights, batches, loss_fn)
     for name, weight in weights.items():
         if name not in scores or scores[name].shape != weight.shape or not scores[name].isfinite().all():
             raise ValueError(f"metric {metric!r}: layer {name!r} has no finite score of its weight's shape")
-    scores = {name: score.detach().contiguous() for name, score in _as_float32(scores).items()}
+    scores = {name: score.detach().contiguous() for name, score in scores.items()}
     if dist.is_initialized():  # what is drawn or rounded may differ between processes
         for score in scores.values():
             dist.broadcast(score, 0)
@@ -55,46 +53,44 @@ def salience(model, metric, batches, loss_fn, layers=None):
 
 
 def linear_layers(model, layers=None):
-    """{name: module} of the linear layers that can be scored and sparsified.
+    """{name: module} of the linear layers that can be scored and sparsified, named as before torch.compile.
 
-    These are the modules whose type is exactly nn.Linear or SparseLinear and whose weight is a floating-point
-    parameter of theirs alone: a correction of an output head that is tied to the embedding would change the
-    embedding. Names are those of the model before torch.compile wrapped it.
+    Their type is exactly nn.Linear or SparseLinear, and their weight a floating-point parameter of theirs
+    alone: a correction of an output head that is tied to the embedding would change the embedding.
     """
     if layers is not None and not callable(layers):
         raise ValueError(f"`layers` has to be a function of a module's name, not {layers!r}")
     used = collections.Counter(p.data_ptr() for m in model.modules() for p in m.parameters(recurse=False))
-    own = {}
+    chosen = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight") if type(module) in (nn.Linear, SparseLinear) else None
-        if weight is not None and weight.is_floating_point() and weight.numel() and used[weight.data_ptr()] == 1:
-            own[name.replace("_orig_mod.", "")] = module
-    return {name: module for name, module in own.items() if layers is None or layers(name)}
+        if weight is None or not weight.is_floating_point() or weight.numel() == 0:
+            continue
+        name = name.replace("_orig_mod.", "")
+        if used[weight.data_ptr()] == 1 and (layers is None or layers(name)):
+            chosen[name] = module
+    return chosen
 
 
 @contextlib.contextmanager
-def _left_as_found(model, modules):
-    """Eval mode, no gradients and nothing that requires one; afterwards all is as it was, bit for bit.
-
-    Raises ValueError for a layer of `modules` that ran, but only where autograd records nothing.
-    """
+def _left_as_found(model):
+    """Eval mode, no gradients and nothing that requires one; afterwards all is as it was, bit for bit."""
     if any(parameter._post_accumulate_grad_hooks for parameter in model.parameters()):
         raise ValueError("the model has a hook that acts on gradients, as an optimizer might: remove it first")
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
-    recorded = {name: set() for name in modules}
-    hooks = [module.register_forward_pre_hook(lambda *_, name=name: recorded[name].add(torch.is_grad_enabled()))
-             for name, module in modules.items()]  # fmt: skip
     model.eval()
     model.requires_grad_(False)
     model.zero_grad()
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), warnings.catch_warnings():
+            # What a reentrant checkpoint says whose layers get no gradient, and so would score zero.
+            warnings.filterwarnings("error", "None of the inputs have requires_grad")
             yield
+    except UserWarning as warning:
+        raise ValueError(f"{warning}: score with checkpoint(..., use_reentrant=False)") from None
     finally:
-        for hook in hooks:
-            hook.remove()
         for parameter, requires_grad, gradient in parameters:
             parameter.requires_grad, parameter.grad = requires_grad, gradient
         for module, training in modes:
@@ -102,24 +98,17 @@ def _left_as_found(model, modules):
         for module, name, buffer, value in buffers:
             buffer.data.copy_(value)
             setattr(module, name, buffer)
-    for name, modes in recorded.items():
-        if modes == {False}:
-            raise ValueError(f"layer {name!r} runs without gradients: under no_grad, or in a reentrant checkpoint "
-                             "none of whose inputs requires one (use_reentrant=False works)")  # fmt: skip
 
 
-def _as_float32(scores):
-    """The scores in float32; all multiplied by one power of two if the largest is beyond its range."""
-    exponent = math.frexp(max(score.abs().max().item() for score in scores.values()))[1]
-    scale = 1 if -125 <= exponent <= 127 else 2.0 ** min(127 - exponent, 1023)
-    return {name: (score.double() * scale if scale != 1 else score).float() for name, score in scores.items()}
+def _plain(value):
+    """A batch or an output as what pytree knows: some are mappings or dataclasses of a library's own."""
+    if isinstance(value, collections.abc.Mapping):
+        return dict(value)
+    return vars(value) if dataclasses.is_dataclass(value) else value
 
 
 def _tensors(value):
-    """The tensors of a batch or an output: of tuples, lists, dicts and dataclasses, in their order."""
-    if isinstance(value, collections.abc.Mapping) or dataclasses.is_dataclass(value):
-        value = dict(value) if isinstance(value, collections.abc.Mapping) else vars(value)
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(_plain(value)) if isinstance(leaf, torch.Tensor)]
 
 
 def _count_samples(batches, weights):
@@ -179,7 +168,7 @@ def random(model, weights, batches, loss_fn):
 
 def magnitude(model, weights, batches, loss_fn):
     """abs(θ)"""
-    return {name: w.detach().abs() for name, w in weights.items()}
+    return {name: w.detach().abs().to(torch.promote_types(w.dtype, torch.float)) for name, w in weights.items()}
 
 
 def grad(model, weights, batches, loss_fn):
@@ -188,9 +177,9 @@ def grad(model, weights, batches, loss_fn):
 
 
 def force(model, weights, batches, loss_fn):
-    """−g ⊙ θ, rounded to float32 once, so that the metrics made from it agree on which entries tie."""
+    """−g ⊙ θ"""
     g = mean_gradient(model, weights, batches, loss_fn)
-    return _as_float32({name: g[name].mul_(w.detach()).neg_() for name, w in weights.items()})
+    return {name: g[name].mul_(w.detach()).neg_() for name, w in weights.items()}
 
 
 def snip(model, weights, batches, loss_fn):
@@ -199,7 +188,7 @@ def snip(model, weights, batches, loss_fn):
 
 
 def taylor(model, weights, batches, loss_fn):
-    """(g ⊙ θ)², which ranks exactly like SNIP: in float64, so that no square overflows or vanishes."""
+    """(g ⊙ θ)², which ranks exactly like SNIP: in float64, where no float32's square is rounded or lost."""
     return {name: p.double().square() for name, p in force(model, weights, batches, loss_fn).items()}
 
 
@@ -224,11 +213,8 @@ def grasp(model, weights, batches, loss_fn):
 
 def fisher(model, weights, batches, loss_fn):
     """E[g_n²], the mean over samples n of that sample's squared gradient: by definition, one by one."""
-    samples = []
-    for batch in batches:
-        parts = dict(batch) if isinstance(batch, collections.abc.Mapping) else batch
-        for n in range(len(_tensors(batch)[0])):
-            samples.append(pytree.tree_map_only(torch.Tensor, lambda part: part[n : n + 1], parts))
+    samples = [pytree.tree_map_only(torch.Tensor, lambda part: part[n : n + 1], _plain(batch))
+               for batch in batches for n in range(len(_tensors(batch)[0]))]  # fmt: skip
     return mean_gradient(model, weights, samples, loss_fn, power=2)
 
 
@@ -255,19 +241,15 @@ def synflow(model, weights, batches, loss_fn):
 class _Linearised(torch.overrides.TorchFunctionMode):
     """The network as SynFlow sees it, in float64: absolute weights, no biases, no non-linearity.
 
-    The signal is all that requires a gradient. Activations, and attention over one position, pass it on; an
-    embedding looks up ones; a norm is its gain. A product of two signals (a gated MLP) is their geometric mean,
-    since a plain product would square the signal in every block. Whatever else the signal meets has to be
-    linear: twice the input, twice the output.
+    Activations, and attention over one position, pass on the signal (what requires a gradient); an embedding
+    looks up ones; a norm is its gain. A product of two signals, as in a gated MLP, is their geometric mean: a
+    plain product would square the signal in every block. All else has to be linear: it is tried on twice the
+    signal.
     """
 
-    WEIGHTED = {"linear", "conv1d", "conv2d", "conv3d"}  # functions of (input, weight, bias, ...)
-    PASSED_ON = set("relu6 elu celu selu gelu silu mish tanh tanh_ sigmoid sigmoid_ softplus softsign hardtanh "
-                    "hardswish hardsigmoid logsigmoid pow __pow__ square to float type type_as".split())  # fmt: skip
+    ACTIVATIONS = set("relu6 elu celu selu gelu silu mish tanh sigmoid softplus softsign hardtanh hardswish "
+                      "hardsigmoid logsigmoid pow square".split())  # fmt: skip
     GAINS = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 3}  # function: its argument
-    SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
-    PRODUCTS = {"mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"}
-    MATRIX_PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum"}
 
     def __init__(self, positive):
         super().__init__()
@@ -277,16 +259,16 @@ class _Linearised(torch.overrides.TorchFunctionMode):
         return self.positive[weight] if weight in self.positive else weight.detach().abs().double()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        name, kwargs = func.__name__, kwargs or {}
+        name, kwargs = func.__name__.strip("_"), kwargs or {}  # add_, __add__: add
         given = (*args, *kwargs.values())  # functions are called with and without keywords
         signals = [t for t in _tensors(given) if t.requires_grad and not isinstance(t, nn.Parameter)]
         if name == "embedding":
             return torch.ones_like(func(*args, **kwargs), dtype=torch.float64, requires_grad=True)
         if not signals:
             return func(*args, **kwargs)
-        if name in self.WEIGHTED:
+        if name in ("linear", "conv1d", "conv2d", "conv3d"):
             return func(given[0], self.absolute(given[1]), None, *given[3:])
-        if name in self.PASSED_ON:
+        if name in self.ACTIVATIONS or name in ("to", "float", "type"):  # the signal stays in float64
             return given[0]
         if name in self.GAINS:
             gain = given[self.GAINS[name]] if len(given) > self.GAINS[name] else None
@@ -296,32 +278,29 @@ class _Linearised(torch.overrides.TorchFunctionMode):
             value = kwargs.get("value", given[2])
             return value.repeat_interleave(given[0].size(1) // value.size(1), 1)  # to all heads of a group
         if name == "rsqrt" or name == "softmax" and given[0].size(kwargs.get("dim", given[1])) == 1:
-            return torch.ones_like(given[0]).detach()  # a norm or attention written by hand
-        if name in self.MATRIX_PRODUCTS and len(signals) == 2:
-            return func(*args, **kwargs) * math.nan  # queries and keys, which only softmax may use
-        if name in self.PRODUCTS and len(signals) == 2:
-            return math.prod(factor.clamp(min=1e-300).sqrt() for factor in signals)  # the product may overflow
-        replaced = torch.zeros_like if name in self.SUMS else self.absolute  # a parameter added is a bias
-        args, kwargs = pytree.tree_map_only(nn.Parameter, replaced, (args, kwargs))
-        result = func(*args, **kwargs)
-        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t + t if t.requires_grad else t, (args, kwargs))
-        for once, twice in zip(_tensors(result), _tensors(func(*args, **kwargs))):
-            if once.requires_grad and not torch.allclose(once + once, twice, rtol=1e-3, equal_nan=True):
-                raise ValueError(f"SynFlow cannot linearise the operation {name}")
-        return result
+            return torch.ones_like(given[0]).detach()  # of a norm or of attention written by hand
+        if name in ("mul", "rmul", "imul", "multiply") and len(signals) == 2:
+            return math.prod(factor.clamp(min=1e-300).sqrt() for factor in signals)  # their product may overflow
+        if name in ("matmul", "bmm", "einsum") and len(signals) == 2:
+            return func(*args, **kwargs) * math.nan  # of queries and keys: only for softmax
+        known = torch.zeros_like if name in ("add", "radd", "iadd") else self.absolute  # what is added is a bias
+        args, kwargs = pytree.tree_map_only(nn.Parameter, known, (args, kwargs))
+        twice = pytree.tree_map_only(torch.Tensor, lambda t: t + t if t.requires_grad else t, (args, kwargs))
+        output, doubled = func(*args, **kwargs), func(*twice[0], **twice[1])
+        for one, two in zip(_tensors(output), _tensors(doubled)):
+            if one.requires_grad and not torch.allclose(one + one, two, rtol=1e-3, equal_nan=True):
+                raise ValueError(f"SynFlow: the operation {name} of the model is not linear")
+        return output
 
 
 METRICS = {f.__name__: f for f in (random, magnitude, grad, snip, force, taylor, synflow, grasp, fisher)}
 
-# --- 2. Masks: which entries to train ---
-
-
 def select(scores, density, scope):
     """Keep the top `density` of all scores: {name: score} -> {name: sorted flat indices, int64}.
 
-    scope: "global" ranks all layers together and keeps round(density * numel) in all; "local" keeps that of
-    each layer, at least one. Ties go to the earlier layer and the lower index; scores compare in float32.
-    Raises ValueError for a density outside (0, 1], a global count of zero, a score that is not a number.
+    scope: "global" keeps round(density * numel) of all layers together, "local" that of each, at least one.
+    Ties go to the earlier layer and the lower index. Raises ValueError for a density outside (0, 1], a global
+    count of zero, a score that is not a number.
     """
     if not (isinstance(density, (int, float)) and 0 < density <= 1):
         raise ValueError(f"density must be in (0, 1], not {density!r}")
@@ -335,7 +314,7 @@ def select(scores, density, scope):
         count = round(density * sum(score.numel() for score in group.values()))
         if scope == "global" and count == 0:
             raise ValueError(f"a density of {density} keeps none of the weights")
-        indices |= _top({name: score.float().flatten() for name, score in group.items()}, max(1, count))
+        indices |= _top({name: score.flatten() for name, score in group.items()}, max(1, count))
     return indices
 
 
@@ -356,23 +335,17 @@ def _top(scores, count):
     return indices
 
 
-# --- 3. Training the kept entries ---
-
-
 class SparseLinear(nn.Linear):
-    """A linear layer whose weight (out, in) is frozen but for some entries, corrected by the vector `delta`.
+    """A linear layer whose weight (out, in) is frozen but for k entries, corrected by the vector `delta`.
 
-    delta (k,): the trainable correction of the mask's entries, float32 whatever the weight's type, zero at
-    first. known (m,): sorted flat positions of every entry that this mask or an earlier one trains; original
-    (m,): their values in the base. Without an earlier mask `known` is the mask; else carried (m,) is what the
-    earlier ones learned, and place (k,) where the mask's entries stand in `known`. The effective value
-        original + (carried + delta)
-    stands in place of the base's. Nobody else may write into the weight: its known entries are written anew
-    whenever it is read.
+    delta (k,): the trainable correction, float32 whatever the weight's type, zero at first. known (m,): sorted
+    flat positions of all entries that a mask has trained; original (m,): their values in the base. Of the first
+    mask `known` is the mask itself; later carried (m,) is what earlier masks learned, and place (k,) where the
+    mask's entries stand in `known`. An entry of the weight is original + (carried + delta), written anew
+    whenever the weight is read: nothing else may write there.
     """
 
     BUFFERS = ("known", "original", "carried", "place")
-    PLAN = ("places", "columns", "rows")  # of `cover`; not part of the state
 
     def set_mask(self, index):
         """Train the entries `index` from now on. What was learned stays in the weight, exactly."""
@@ -390,19 +363,13 @@ class SparseLinear(nn.Linear):
         for name, buffer in zip(self.BUFFERS, (known, flat[known], carried, place)):
             self.register_buffer(name, buffer)
         self.delta = nn.Parameter(torch.zeros_like(index, dtype=torch.float32), requires_grad=len(index) > 0)
-        self.plan()
+        self.planned = cover(index, *weight.shape)
         self.sync()
 
     @property
     def index(self):
         """The mask's entries (k,): sorted flat positions, row-major."""
         return self.known if self.place is None else self.known[self.place]
-
-    def plan(self):
-        """Find how to form this mask's gradient."""
-        *tensors, self.n_crowded = cover(self.index, *self._parameters["weight"].shape)
-        for name, tensor in zip(self.PLAN, tensors):
-            self.register_buffer(name, tensor, persistent=False)
 
     def total(self):
         """What has been learned so far: the correction (m,) of each known entry."""
@@ -417,27 +384,25 @@ class SparseLinear(nn.Linear):
 
     @property
     def weight(self):
-        """The effective weight. Whoever computes with it trains `delta`, by way of the dense gradient."""
+        """The weight, corrected; whoever computes with it trains `delta`, by way of the dense gradient."""
         self.sync()
         weight = self._parameters["weight"]
         return _Corrected.apply(weight, self.delta, self.index) if self.trains() else weight
 
     def trains(self):
-        """Whether a forward pass is for delta's gradient: not where the layer is frozen, or being scored."""
         scored = self._parameters["weight"].requires_grad
         return torch.is_grad_enabled() and self.delta.requires_grad and not scored
 
     def forward(self, x):
-        if self.places is None or not self.trains():
+        if self.planned is None or not self.trains():
             return F.linear(x, self.weight, self.bias)
         self.sync()
-        weight, plan = self._parameters["weight"], (self.places, self.columns, self.rows, self.n_crowded)
-        y = _CoveredLinear.apply(x, weight, self.bias, self.delta, *plan)
-        return y.view(*x.shape[:-1], self.out_features)
+        y = F.linear(x, self._parameters["weight"], self.bias)
+        return _Tap.apply(y, x, self.delta, *self.planned)
 
     def plain(self):
         """Become an nn.Linear again, with the weight as it stands."""
-        for name in ("delta", "n_crowded", *self.BUFFERS, *self.PLAN):
+        for name in ("delta", "planned", *self.BUFFERS):
             delattr(self, name)
         self.__class__ = nn.Linear
 
@@ -446,25 +411,26 @@ class SparseLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict, prefix, *others):
-        if prefix + "known" not in state_dict and prefix + "weight" in state_dict:
-            raise ValueError(f"layer {prefix[:-1]!r} is sparse: merge the model before you load a base's weights")
+        if prefix + "known" not in state_dict:
+            raise ValueError(f"layer {prefix[:-1]!r} is sparse: `merge` before you load the weights of a base")
         super()._load_from_state_dict(state_dict, prefix, *others)
-        self.plan()
+        self.planned = cover(self.index, *self._parameters["weight"].shape)
 
     def _apply(self, fn, recurse=True):
         # .to(torch.bfloat16) means the weights; corrections move along, but stay float32.
         exact = (self.delta, self.delta.grad, self.carried)
         super()._apply(lambda t: t.to(fn(t).device) if any(t is e for e in exact) else fn(t), recurse)
+        self.planned = cover(self.index, *self._parameters["weight"].shape)
         self.sync()  # round the sum, not the rounded sum
         return self
 
 
 class _Corrected(torch.autograd.Function):
-    """The effective weight as a function of delta, whose gradient is gathered from the weight's."""
+    """The weight as a function of delta, whose gradient is gathered from the weight's."""
 
     @staticmethod
     def forward(ctx, weight, delta, index):
-        # delta only so that autograd refuses a backward pass after delta has changed, as it does for a weight.
+        # delta: so that a backward pass after it has changed is an error, as with any parameter
         ctx.save_for_backward(index, delta)
         return weight.view_as(weight)
 
@@ -474,33 +440,29 @@ class _Corrected(torch.autograd.Function):
         return None, dweight.reshape(-1).index_select(0, index).float(), None
 
 
-class _CoveredLinear(torch.autograd.Function):
-    """y (N, out) = x Wᵀ + b for x (..., in), N rows; of W's gradient only what `cover` planned, for delta."""
+class _Tap(torch.autograd.Function):
+    """Passes y (..., out) = x Wᵀ + b on; of W's gradient the backward pass forms what `cover` planned."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, delta, places, columns, rows, n_crowded):
+    def forward(ctx, y, x, delta, places, columns, rows, n_crowded):
         # Keep a copy of few columns, or else x itself, which other layers may keep as well.
-        x_rows = x.reshape(-1, x.size(-1))
-        ctx.shape, ctx.n_crowded, ctx.copied = x.shape, n_crowded, 2 * len(columns) < x.size(-1)
-        kept = x_rows.index_select(1, columns) if ctx.copied else x_rows
-        ctx.save_for_backward(kept, weight, places, columns, rows, delta)  # delta as in _Corrected
-        return F.linear(x_rows, weight, bias)
+        ctx.n_crowded, ctx.copied = n_crowded, 2 * len(columns) < x.size(-1)
+        kept = x.reshape(-1, x.size(-1)).index_select(1, columns) if ctx.copied else x
+        ctx.save_for_backward(kept, delta, places, columns, rows)  # delta as in _Corrected
+        return y.view_as(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, weight, places, columns, rows, _ = ctx.saved_tensors
-        x = x if ctx.copied else x.index_select(1, columns)
-        # Under autocast dy is narrower than the weight and x.
-        x, weight = x.to(dy.dtype), weight.to(dy.dtype)
-        dx = (dy @ weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
+        kept, _, places, columns, rows = ctx.saved_tensors
+        x = kept if ctx.copied else kept.reshape(-1, kept.size(-1)).index_select(1, columns)
+        x, dy_rows = x.to(dy.dtype), dy.reshape(-1, dy.size(-1))  # under autocast dy is narrower than x
         crowded, others = x[:, : ctx.n_crowded].T, x[:, ctx.n_crowded :].T
-        whole = len(crowded) * dy.size(1)
-        products = dy.new_empty(whole + len(others) * len(rows))
-        torch.mm(crowded, dy, out=products[:whole].view(len(crowded), dy.size(1)))
-        torch.mm(others, dy.index_select(1, rows), out=products[whole:].view(len(others), len(rows)))
-        return dx, None, dbias, products.index_select(0, places).float(), None, None, None, None
+        products = dy.new_empty(len(crowded) * dy.size(-1) + len(others) * len(rows))
+        first, second = products.split((len(crowded) * dy.size(-1), len(others) * len(rows)))
+        torch.mm(crowded, dy_rows, out=first.view(len(crowded), dy.size(-1)))
+        torch.mm(others, dy_rows.index_select(1, rows), out=second.view(len(others), len(rows)))
+        return dy, None, products.index_select(0, places).float(), None, None, None, None
 
 
 def cover(index, n_rows, n_columns):
@@ -508,22 +470,22 @@ def cover(index, n_rows, n_columns):
 
     Every entry of the gradient dyᵀ x is a product of one column of dy and one of x, so that
         x[:, crowded]ᵀ dy   and   x[:, others]ᵀ dy[:, rows]
-    are exactly those parts of it, transposed. Salience forms lines: the entries that matter lie in few columns
-    (input features) and rows (outputs). The first product takes whole the columns of which at least 1/32 is
-    trained, the second the columns and rows of the entries outside them.
-    Returns places (k,), where the entries stand in the two products, laid flat one after the other; columns,
-    the crowded ones and then the others; rows; how many are crowded. All None where the whole is cheaper.
+    are exactly those parts of it, transposed. The entries that matter lie in few columns (input features) and
+    rows (outputs): the first product takes whole the columns of which a 32nd is trained, the second the rows
+    and columns of the entries outside them. Returns places (k,), where the entries stand in the two products,
+    laid flat one after the other; columns, the crowded ones and then the others; rows; how many are crowded.
+    None where the whole gradient is cheaper.
     """
     row, column = index // n_columns, index % n_columns
     is_crowded = column.bincount(minlength=n_columns) >= n_rows / 32
     crowded, outside = is_crowded.nonzero().squeeze(1), ~is_crowded[column]
     others, rows = column[outside].unique(), row[outside].unique()
-    # The unit is the time that one entry's share of a product takes. As measured on a CPU, reading all of dy
-    # costs as much as 16 columns more, and copying a line of x or dy as much as 64 entries. On CUDA up to three
-    # more kernels have to be started, which takes as long as some 2^19 entries.
-    cost = n_rows * (len(crowded) + 16) + len(others) * len(rows) + 64 * (len(crowded) + len(others) + len(rows))
+    # In units of an entry's share of a product, as measured on a CPU: reading all of dy costs 16 columns, copying
+    # a line of x or dy 64 entries. On CUDA starting up to three more kernels costs some 2^19.
+    lines = len(crowded) + len(others) + len(rows)
+    cost = n_rows * (len(crowded) + 16) + len(others) * len(rows) + 64 * lines
     if cost + 2**19 * index.is_cuda >= n_rows * n_columns:
-        return None, None, None, None
+        return None
     in_first = torch.searchsorted(crowded, column) * n_rows + row
     in_second = torch.searchsorted(others, column) * len(rows) + torch.searchsorted(rows, row)
     places = torch.where(outside, len(crowded) * n_rows + in_second, in_first)
@@ -533,12 +495,10 @@ def cover(index, n_rows, n_columns):
 def sparsify(model, indices):
     """Make the named linear layers SparseLinears in place and freeze everything else; returns the deltas.
 
-    Deltas of an empty mask are left out, those of an earlier call freeze with everything else (`remask` is
-    the next mask's way). Buffers do not freeze: BatchNorm's statistics, which no adapter holds, still drift in
-    training mode.
-
-    indices: {module name: sorted flat indices (k,)}, as `select` returns it.
-    Raises ValueError, before anything is changed, for a name or an index that does not fit.
+    indices: {module name: sorted flat indices (k,)}, as `select` returns it. Empty deltas are left out, those of
+    an earlier call freeze (`remask` is the next mask's way). Buffers do not: BatchNorm's statistics still drift
+    in training mode, and are in no adapter. Raises ValueError, before anything is changed, for a name or an
+    index that does not fit.
     """
     modules = linear_layers(model)
     for name, index in indices.items():
@@ -552,18 +512,17 @@ def sparsify(model, indices):
 
 
 def remask(model, indices):
-    """The dynamic step: what was learned stays, the new mask starts from zero deltas.
+    """The dynamic step: what was learned stays, the new mask (as for `sparsify`) starts from zero deltas.
 
-    indices as for `sparsify`, of the same or of other layers. Returns the new deltas; the old ones are no
-    longer part of the model, so make a new optimizer.
+    Returns the new deltas; the old ones are no longer part of the model, so make a new optimizer.
     """
     emptied = {name: torch.empty(0, dtype=torch.int64) for name, _ in _sparse_layers(model)}
     return sparsify(model, emptied | indices)
 
 
 def _sparse_layers(model):
-    return [(name.replace("_orig_mod.", ""), module) for name, module in model.named_modules()
-            if isinstance(module, SparseLinear)]  # fmt: skip
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+    return [(name.replace("_orig_mod.", ""), module) for name, module in layers]
 
 
 def _check_index(modules, name, index):
@@ -575,31 +534,23 @@ def _check_index(modules, name, index):
         raise ValueError(f"layer {name!r}: indices must be sorted, different integers below {size}")
 
 
-# --- 4. What was learned: out of a model, onto a model, into its weights ---
-
-
 def adapter(model):
-    """Everything learned: {module name: (flat indices int64 (m,), float32 corrections (m,), weight's shape)}.
-
-    Over remasks it is the union of all masks.
-    """
+    """What all masks learned: {module name: (flat indices (m,), float32 corrections (m,), weight's shape)}."""
     layers = _sparse_layers(model)
     return {name: (m.known.clone(), m.total().clone(), tuple(m.weight.shape)) for name, m in layers}
 
 
 def load_adapter(model, state):
-    """Put what `adapter` returned onto its base, with bit-equal outputs and ready to train on.
+    """Put what `adapter` returned onto its base, in place of any other; returns the non-empty deltas.
 
-    An adapter that the model already carries is taken off first. Returns the non-empty deltas.
-    Raises ValueError, before anything is changed, where the state does not fit the model.
+    Outputs are equal bit for bit. Raises ValueError, before anything is changed, where it does not fit.
     """
     modules = linear_layers(model)
     for name, (index, values, shape) in state.items():
         _check_index(modules, name, index)
-        if tuple(shape) != modules[name].weight.shape:
-            raise ValueError(f"layer {name!r} is not of the shape {tuple(shape)} that its adapter has")
-        if values.dtype != torch.float32 or values.shape != index.shape or not values.isfinite().all():
-            raise ValueError(f"layer {name!r}: the corrections must be finite float32, one an index")
+        fits = tuple(shape) == modules[name].weight.shape and values.shape == index.shape
+        if not (fits and values.dtype == torch.float32 and values.isfinite().all()):
+            raise ValueError(f"layer {name!r}: not finite float32 corrections, one an index, of its weight's shape")
     for _, module in _sparse_layers(model):
         module.weight.data.view(-1)[module.known] = module.original
         module.plain()
