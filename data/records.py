@@ -1,13 +1,19 @@
-"""Examples that are not plain text: .jsonl files, and `gsm`, word problems with worked solutions."""
+"""Examples that are not a corpus: one's own .jsonl and .txt files, and the tasks of reasoning-gym."""
 
-import re
+import codecs
+import contextlib
+import difflib
+import io
+import itertools
 
 import torch
 
 from data.files import InputError, parse_json
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # what ends a document, by family
+TURN = ("<|im_start|>", "<|im_end|>")  # ChatML's tokens around a turn
 SHAPES = "text, prompt and completion, or (if the tokenizer knows ChatML) messages of role and content"
+QUESTIONS = 4000  # that a task of reasoning-gym makes
 
 
 def end_token(tokenizer):
@@ -19,63 +25,97 @@ def end_token(tokenizer):
 
 
 def read_records(path):
-    """The objects of a .jsonl file, or the paragraphs of a .txt file as texts: a list of (where, record).
+    """What a file holds, as (a list of (where, record), how much of it is a record, like "line").
 
-    Raises InputError, which names the file and the line.
+    The objects of a .jsonl file, or the texts of a .txt file: its paragraphs where blank lines stand between
+    some, else its lines. Raises InputError, which names the file and the line.
     """
     if path.suffix == ".jsonl":
-        lines = [(f"{path}, line {n}", line) for n, line in enumerate(path.read_bytes().splitlines(), 1)]
-        return [(where, parse_json(where, line)) for where, line in lines if line.strip()]
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+        named = [(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+        return [(where, parse_json(where, line)) for where, line in named], "line"
     if path.suffix == ".txt":
         try:
-            paragraphs = re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise InputError(f"{path} is not UTF-8 text: {error}") from None
-        return [(str(path), {"text": text}) for text in paragraphs if text.strip()]
-    raise InputError(f"no data set {path}: choose prose, stdlib, gsm, or a .jsonl or .txt file")
+        return _texts(path, lines)
+    raise InputError(f"no data set {path}: choose prose, stdlib, gsm, gym:NAME, or a .jsonl or .txt file")
 
 
-def make_gsm():
-    """Some 4,000 records of `gsm_symbolic`, from the optional package reasoning-gym; no question twice.
+def _texts(path, lines):
+    """The paragraphs of `lines`, or the lines of the only one."""
+    runs = itertools.groupby(enumerate(lines, 1), key=lambda numbered: bool(numbered[1].strip()))
+    unit, texts = "paragraph", [list(run) for is_text, run in runs if is_text]
+    if len(texts) == 1:
+        unit, texts = "line", [[numbered] for numbered in texts[0]]
+    records = []
+    for text in texts:
+        first = text[0][0]
+        records.append((f"{path}, line {first}", {"text": "\n".join(line for _, line in text)}))
+    return records, unit
 
-    When these are split, what the splits share are the templates: problems of which each example has other
+
+def make_questions(task):
+    """Some 4,000 questions of a task of the optional package reasoning-gym, no question twice, as records.
+
+    The answer is the worked solution where the task has one (`gsm_symbolic`, which ends it in "#### number").
+    When these are split, what the splits may share are templates: problems of which each question has other
     names and numbers.
     """
     try:
         import reasoning_gym
+        from reasoning_gym.factory import DATASETS
     except ImportError:
-        raise InputError("--data gsm takes the package reasoning-gym: pip install reasoning-gym") from None
-    rows = reasoning_gym.create_dataset("gsm_symbolic", size=4000, seed=0)
-    solutions = {row["question"] + "\n": row["metadata"]["answer_cot"] for row in rows}
-    return [("gsm", {"prompt": prompt, "completion": text}) for prompt, text in solutions.items()]
+        raise InputError(f"--data gym:{task} takes a package: pip install reasoning-gym") from None
+    if task not in DATASETS:
+        near = difflib.get_close_matches(task, DATASETS) or sorted(DATASETS)
+        raise InputError(f"reasoning-gym has no task {task!r}: is it one of {', '.join(near)}?")
+    with contextlib.redirect_stdout(io.StringIO()):  # a few tasks print while they work
+        try:
+            rows = list(reasoning_gym.create_dataset(task, size=QUESTIONS, seed=0))
+        except AssertionError as error:  # `composite` is to be told what of
+            raise InputError(f"gym:{task} cannot be made: {error}") from None
+    answers = {row["question"] + "\n": row["metadata"].get("answer_cot", row["answer"]) for row in rows}
+    records = [{"prompt": prompt, "completion": text} for prompt, text in answers.items() if text]
+    if not records:
+        raise InputError(f"gym:{task} has no answers to learn: many are right, and it only checks them")
+    return [(f"gym:{task}", record) for record in records]
 
 
 def encode_record(where, record, tokenizer):
-    """A record as a sample (inputs, targets); targets are -100 where a text is only read.
+    """A record as (inputs, targets, length of the prompt); targets are -100 where a text is only read.
 
     Prompt and completion, and the messages of a chat, are encoded one by one, so that a prompt has the same
-    tokens with and without its completion. A chat is written in ChatML; its assistant's turns are learned.
+    tokens with and without its completion. A chat is written in ChatML; its assistant's turns are learned,
+    and its prompt is what stands before the last of them. A text has no prompt: the length is None.
     """
-    ids, targets = [], []
+    record = {key: value for key, value in record.items() if value is not None}
+    ids, targets, asked = [], [], None
     try:
         for part, learned in _parts(record, tokenizer):
-            if part == "" and learned:
-                raise InputError(f"{where}: the text to learn is empty")
+            if learned and not isinstance(part, tuple):
+                asked = len(ids)
+                if part == "":
+                    raise ValueError("the text to learn is empty")
             # "" + makes sure of a string: JSON may hold anything
             tokens = list(part) if isinstance(part, tuple) else tokenizer.encode_ordinary("" + part)
             ids += tokens
             targets += tokens if learned else [-100] * len(tokens)
+        if asked is None:
+            raise ValueError("no message is the assistant's")
     except (KeyError, TypeError):
         raise InputError(f"{where}: expected {SHAPES}") from None
-    if set(targets) <= {-100}:
-        raise InputError(f"{where}: no message is the assistant's")
-    return torch.tensor(ids[:-1]), torch.tensor(targets[1:])
+    except ValueError as error:  # the tokenizer's, too
+        raise InputError(f"{where}: {error}") from None
+    is_text = "text" in record and "messages" not in record
+    return torch.tensor(ids[:-1]), torch.tensor(targets[1:]), None if is_text else asked
 
 
 def _parts(record, tokenizer):
-    """(text or a special token's id, whether it is learned) of a record, in order."""
+    """(text or a special token's id in a tuple, whether it is learned) of a record, in order."""
     if "messages" in record:
-        start, stop = ((tokenizer.encode_single_token(name),) for name in ("<|im_start|>", "<|im_end|>"))
+        start, stop = ((tokenizer.encode_single_token(name),) for name in TURN)
         for message in record["messages"]:
             learned = message["role"] == "assistant"
             yield from ((start, False), (message["role"] + "\n", False))
@@ -83,26 +123,5 @@ def _parts(record, tokenizer):
     else:
         end = (end_token(tokenizer),)
         prompt = "" if "text" in record else record["prompt"]
-        yield from ((end, False), (prompt, False))
-        yield from ((record.get("text", record.get("completion")), True), (end, True))
-
-
-def final_number(text, mark):
-    """The number after `mark`, the last one if it stands there more than once; None if there is none."""
-    found = re.findall(mark + r"\$?(-?\d[\d,]*(?:\.\d+)?)", text)
-    return float(found[-1].replace(",", "")) if found else None
-
-
-def exact_match(said, right):
-    """Compare the final numbers of solutions, pair by pair; the worked ones in `right` end in "#### number".
-
-    strict: the number said after "####"; flexible: the last number said. Both are shares, with the standard
-    error of strict.
-    """
-    pairs = [(text, final_number(solution, "#### ")) for text, solution in zip(said, right)]
-    share = {}
-    for name, mark in (("strict", "#### "), ("flexible", "")):
-        hits = [final_number(text, mark) == number for text, number in pairs]
-        share[name] = sum(hits) / len(hits)
-    error = (share["strict"] * (1 - share["strict"]) / len(pairs)) ** 0.5
-    return share | {"examples": len(pairs), "standard_error": error}
+        completion = record["text"] if "text" in record else record["completion"]
+        yield from ((end, False), (prompt, False), (completion, True), (end, True))

@@ -17,7 +17,7 @@ import torch
 import data
 from data import files
 from data.corpus import load_corpus
-from data.examples import Examples, _pack
+from data.examples import Examples, Part, _pack
 from data.files import find
 from model import GPT
 
@@ -103,7 +103,7 @@ def test_the_shipped_tokenizer_returns_every_text(seed):
 def test_samples_are_shifted_by_one_and_miss_nothing():
     encoding = data.load_tokenizer("base")
     end = encoding.n_vocab - 1
-    examples = _pack(["x = 1\n" * 9, "y"], encoding, seq_len=7, device="cpu")
+    examples = _pack(Part("two", "text", ["x = 1\n" * 9, "y"]), encoding, seq_len=7, device="cpu")
     stream = [end, *encoding.encode_ordinary("x = 1\n" * 9), end, *encoding.encode_ordinary("y"), end]
     inputs, targets = (torch.cat(parts).tolist() for parts in zip(*examples.samples))
     assert inputs == stream[:-1] and targets == stream[1:]
@@ -196,7 +196,7 @@ def test_the_shipped_base_is_small_and_reads_code_better_than_xz():
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 12_000_000
     text = "".join(load_corpus("stdlib")["test"])[:60_000]
     encoding, model = data.load_tokenizer("base"), data.load_model("base")
-    batches = _pack([text], encoding, 256, "cpu").spread(1000, 16)
+    batches = _pack(Part("stdlib", "document", [text]), encoding, 256, "cpu").spread(1000, 16)
     with torch.no_grad():
         nats = sum(
             model(*batch, reduction="none")[1].mul((batch[1] != -100).sum(1)).sum() for batch in batches

@@ -1,4 +1,4 @@
-"""One's own data: .jsonl and .txt files, chats, word problems and their answers."""
+"""One's own data: .jsonl and .txt files, as people have them."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import torch
 
 import data
 from data.files import InputError
-from data.records import final_number
+from data.records import read_records
 from data.tokenizer import load_tokenizer
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "tokenizers.json").read_text())
@@ -49,8 +49,6 @@ def test_only_completions_count(tmp_path):
         assert sample[0][0] == end
         assert tokenizer.decode(sample[0].tolist()) == "<|endoftext|>" + pair["prompt"] + pair["completion"]
         assert learned(sample) == [*tokenizer.encode_ordinary(pair["completion"]), end]
-    for (prompt, completion), sample in zip(splits["val"].questions(3), splits["val"].samples):
-        assert prompt + completion == [*sample[0].tolist(), end] and completion == learned(sample)
 
 
 def test_of_a_chat_the_assistant_s_turns_count(tmp_path):
@@ -75,19 +73,85 @@ def test_long_texts_are_cut_into_several_and_long_pairs_left_out(tmp_path):
     tokenizer = data.load_tokenizer("base")
     text = "The value of the argument is returned. " * 9
     ids = tokenizer.encode_ordinary(text)
-    texts = data.load_examples(write(tmp_path / "a.jsonl", [{"text": text}] * 10), tokenizer, 20)["train"]
-    assert texts.too_long == 8 and len(texts) == 8 * math.ceil((len(ids) + 1) / 20)
+    path = write(tmp_path / "a.jsonl", [{"text": text}] * 10)
+    texts = data.load_examples(path, tokenizer, 20)["train"]
+    assert len(texts) == 8 * math.ceil((len(ids) + 1) / 20)
+    assert texts.note == f"from 8 lines of {path}, 8 of them longer than 20 tokens and cut"
     pieces = texts.samples[: len(texts) // 8]
     assert torch.cat([inputs for inputs, _ in pieces]).tolist()[1:] == ids
     assert [t for sample in pieces for t in learned(sample)][:-1] == ids
-    records = [*PAIRS, *[{"prompt": text, "completion": "x"}] * 10]
-    pairs = data.load_examples(write(tmp_path / "b.jsonl", records), tokenizer, 40)
+    path = write(tmp_path / "b.jsonl", [*PAIRS, *[{"prompt": text, "completion": "x"}] * 10])
+    pairs = data.load_examples(path, tokenizer, 40)
     assert sum(len(split) for split in pairs.values()) == 30
-    assert sum(split.too_long for split in pairs.values()) == 10
-    (tmp_path / "c.txt").write_text("\n\n".join(f"Paragraph {n}\nof two lines." for n in range(20)))
-    paragraphs = data.load_examples(str(tmp_path / "c.txt"), tokenizer, 64)
-    assert [len(split) for split in paragraphs.values()] == [16, 2, 2]
-    assert tokenizer.decode(paragraphs["val"].samples[0][0].tolist()[1:]) == "Paragraph 8\nof two lines."
+    assert pairs["train"].note == f"from 32 lines of {path}, 8 of them longer than 40 tokens and left out"
+    assert data.load_examples("stdlib", tokenizer, 40, only=["test"])["test"].note.endswith("documents of stdlib")
+
+
+def test_one_text_of_300_000_words_is_one_text_and_thousands_of_examples(tmp_path):
+    texts = tmp_path / "a.txt"
+    texts.write_text("the value is " * 100_000)
+    held_out = write(tmp_path / "b.jsonl", PAIRS)
+    splits = data.load_examples(str(texts), data.load_tokenizer("base"), 64, val=held_out)
+    assert len(splits["train"]) > 4000
+    assert splits["train"].note == f"from 1 line of {texts}, 1 of them longer than 64 tokens and cut"
+
+
+def texts_of(split, tokenizer):
+    """The texts of examples, checked to begin with the token that ends a document."""
+    read = [tokenizer.decode(inputs.tolist()) for inputs, _ in split.samples]
+    assert all(text.startswith("<|endoftext|>") for text in read)
+    return [text.removeprefix("<|endoftext|>") for text in read]
+
+
+@pytest.mark.parametrize("mark", (b"", b"\xef\xbb\xbf"))
+@pytest.mark.parametrize("end", ("\n", "\r\n"))
+def test_a_txt_file_is_read_by_paragraphs_or_by_lines_and_says_so(tmp_path, end, mark):
+    tokenizer = data.load_tokenizer("base")
+    sentences = [f"Sentence {n} is\u2028here, and\x0b  there." for n in range(20)]
+    by_line, by_paragraph = tmp_path / "lines.txt", tmp_path / "paragraphs.txt"
+    by_line.write_bytes(mark + (end * 2 + end.join(sentences) + end * 3).encode())
+    by_paragraph.write_bytes(mark + (end + " " + end).join("A title" + end + s for s in sentences).encode())
+    for path, unit, first in ((by_line, "line", ""), (by_paragraph, "paragraph", "A title\n")):
+        splits = data.load_examples(str(path), tokenizer, 64)
+        held_out = [sentences[8], sentences[18], sentences[9], sentences[19]]
+        read = texts_of(splits["val"], tokenizer) + texts_of(splits["test"], tokenizer)
+        assert read == [first + sentence for sentence in held_out]
+        assert splits["train"].note == f"from 16 {unit}s of {path}"
+        assert len(splits["train"]) == 16
+
+
+def test_a_txt_file_knows_where_its_texts_stand(tmp_path):
+    (tmp_path / "a.txt").write_text("\n \none\ntwo\n\n\nsix\n")
+    records, unit = read_records(tmp_path / "a.txt")
+    places = [(where.rpartition(" ")[2], record["text"]) for where, record in records]
+    assert (places, unit) == ([("3", "one\ntwo"), ("7", "six")], "paragraph")
+
+
+@pytest.mark.parametrize("mark", (b"", b"\xef\xbb\xbf"))
+@pytest.mark.parametrize("end", (b"\n", b"\r\n", b"\n\n"))
+def test_a_jsonl_file_may_have_a_mark_other_line_ends_and_empty_lines(tmp_path, end, mark):
+    texts = [f"{n}\u2028\x85 \x0c and" for n in range(10)]
+    lines = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in texts]
+    (tmp_path / "a.jsonl").write_bytes(mark + end.join(lines) + end)
+    tokenizer = data.load_tokenizer("base")
+    splits = data.load_examples(str(tmp_path / "a.jsonl"), tokenizer, 64)
+    read = [text for split in splits.values() for text in texts_of(split, tokenizer)]
+    assert read == texts
+
+
+@pytest.mark.parametrize("form", (
+    {"text": "A text."}, {"prompt": "A", "completion": " text."}, {"prompt": "", "completion": "x"},
+    {"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "text."}]},
+))  # fmt: skip
+def test_other_keys_and_nulls_beside_a_known_form_change_nothing(tmp_path, form):
+    others = [{"weight": 0}, {"id": 3, "tags": ["a", None]}, {"note": None}]
+    others += [{key: None} for key in ("text", "prompt", "completion", "messages") if key not in form]
+    tokenizer = chat_tokenizer(tmp_path)
+    plain = data.load_examples(write(tmp_path / "a.jsonl", [form] * 10), tokenizer, 99)["train"]
+    for other in others:
+        for record in ({**other, **form}, {**form, **other}):
+            read = data.load_examples(write(tmp_path / "b.jsonl", [record] * 10), tokenizer, 99)["train"]
+            assert read.fingerprint() == plain.fingerprint() and read.asked == plain.asked, other
 
 
 def test_a_file_to_validate_on(tmp_path):
@@ -97,6 +161,52 @@ def test_a_file_to_validate_on(tmp_path):
     assert [len(splits[name]) for name in ("train", "val", "test")] == [27, 5, 3]
     mixed = data.load_examples("prose", tokenizer, 64, val=two)
     assert len(mixed["val"]) == 5 and len(mixed["train"]) > 1000
+
+
+@pytest.mark.parametrize("count", (1, 3, 9))
+def test_few_examples_are_counted_and_need_a_file_to_validate_on(tmp_path, count):
+    tokenizer = data.load_tokenizer("base")
+    few, held_out = write(tmp_path / "a.jsonl", PAIRS[:count]), write(tmp_path / "b.jsonl", PAIRS[10:12])
+    number = "1 line" if count == 1 else f"{count} lines"
+    with pytest.raises(InputError, match=f"^{number} of {few}: too few .*--val") as error:
+        data.load_examples(few, tokenizer, 64)
+    assert "\n" not in str(error.value)
+    splits = data.load_examples(few, tokenizer, 64, val=held_out)
+    assert [len(split) for split in splits.values()] == [count, 2, 2]
+    assert splits["val"].fingerprint() == splits["test"].fingerprint() != splits["train"].fingerprint()
+    enough = write(tmp_path / "c.jsonl", PAIRS[:10])
+    assert [len(split) for split in data.load_examples(enough, tokenizer, 64).values()] == [8, 1, 1]
+
+
+def test_examples_that_are_all_too_long_are_counted(tmp_path):
+    path = write(tmp_path / "a.jsonl", PAIRS)
+    with pytest.raises(InputError, match="^24 lines of .*a.jsonl: none for train has at most 5 tokens; --seq-len"):
+        data.load_examples(path, data.load_tokenizer("base"), 5)
+    with pytest.raises(InputError, match="^5 lines of .*b.jsonl: none for val has"):
+        long = write(tmp_path / "b.jsonl", [{"prompt": "a " * 99, "completion": "b"}] * 5)
+        data.load_examples(path, data.load_tokenizer("base"), 64, val=long)
+
+
+@pytest.mark.parametrize(("name", "content", "line"), (
+    ("a.jsonl", '\n{"text": "fine"}\n{"prompt": "a", "completion": "SPACES"}\n', 3),
+    ("a.jsonl", '{"messages": [{"role": "assistant", "content": "SPACES"}]}', 1),
+    ("a.txt", "fine\n\n\nfine\nSPACES", 4),
+))  # fmt: skip
+def test_what_the_tokenizer_refuses_is_named_with_its_line(tmp_path, monkeypatch, name, content, line):
+    tokenizer = chat_tokenizer(tmp_path)
+    usual = tokenizer.encode_ordinary
+
+    def refuse(text):
+        if "SPACES" in text:
+            raise ValueError("a run of 1,000,000 white spaces is too long")
+        return usual(text)
+
+    monkeypatch.setattr(tokenizer, "encode_ordinary", refuse)
+    path = tmp_path / name
+    path.write_text(content)
+    val = write(tmp_path / "b.jsonl", PAIRS)
+    with pytest.raises(InputError, match=f"^{path}, line {line}: a run of 1,000,000"):
+        data.load_examples(str(path), tokenizer, 64, val=val)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -138,7 +248,10 @@ BROKEN = {
     "no messages": (b'{"messages": []}', "line 1"),
     "an empty turn": (b'{"messages": [{"role": "assistant", "content": ""}]}', "line 1: the text to learn"),
     "deep": (b'{"text": ' + b"[" * 100_000, "line 1"),
-    "too few": (b'{"text": "a"}\n' * 3, "val"),
+    "only a mark": (b"\xef\xbb\xbf", "nothing"),
+    "UTF-16": ('{"text": "a"}'.encode("utf-16"), "line 1"),
+    "only nulls": (b'{"text": null, "prompt": "a", "completion": null}', "line 1: expected text"),
+    "too few": (b'{"text": "a"}\n' * 3, "3 lines"),
 }
 
 
@@ -146,8 +259,9 @@ BROKEN = {
 def test_a_broken_file_is_named_with_its_line(tmp_path, kind):
     content, named = BROKEN[kind]
     (tmp_path / "a.jsonl").write_bytes(content)
+    val = "" if kind == "too few" else write(tmp_path / "b.jsonl", PAIRS)
     with pytest.raises(InputError, match=named) as error:
-        data.load_examples(str(tmp_path / "a.jsonl"), chat_tokenizer(tmp_path), 64)
+        data.load_examples(str(tmp_path / "a.jsonl"), chat_tokenizer(tmp_path), 64, val=val)
     assert "a.jsonl" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -156,52 +270,13 @@ def test_other_files_that_cannot_be_used(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"fine\n\n\xff\xfe")
     with pytest.raises(InputError, match="a.txt is not UTF-8"):
         data.load_examples(str(tmp_path / "a.txt"), base, 64)
+    (tmp_path / "a.txt").write_text("the value is " * 9)
+    with pytest.raises(InputError, match="^1 line of .*a.txt: too few"):
+        data.load_examples(str(tmp_path / "a.txt"), base, 64)
     with pytest.raises(InputError, match="choose prose"):
         data.load_examples(str(tmp_path / "a.csv"), base, 64)
     with pytest.raises(OSError, match="nowhere.jsonl"):
         data.load_examples(str(tmp_path / "nowhere.jsonl"), base, 64)
     chat = write(tmp_path / "chat.jsonl", [{"messages": [{"role": "assistant", "content": "x"}]}] * 10)
-    with pytest.raises(InputError, match="ChatML"):  # the base's tokenizer does not know it
+    with pytest.raises(InputError, match="line 1: .*ChatML"):  # the base's tokenizer does not know it
         data.load_examples(chat, base, 64)
-
-
-def test_one_enormous_line(tmp_path):
-    (tmp_path / "a.txt").write_text("the value is " * 200_000)
-    with pytest.raises(InputError, match="val"):  # one paragraph leaves nothing to validate on
-        data.load_examples(str(tmp_path / "a.txt"), data.load_tokenizer("base"), 64)
-
-
-@pytest.mark.parametrize(("text", "strict", "flexible"), (
-    ("6 * 7 = 42\n#### 42", 42, 42), ("so 1,234.50\n#### 1,234.50", 1234.5, 1234.5), ("#### -3", -3, -3),
-    ("The answer is 42.", None, 42), ("#### 7 or 8", 7, 8), ("#### $5", 5, 5), ("####9", None, 9),
-    ("no", None, None), ("", None, None), ("a 3-4 split", None, -4), ("#### 10\nFour more: #### 11", 11, 11),
-))  # fmt: skip
-def test_final_numbers(text, strict, flexible):
-    assert final_number(text, "#### ") == strict and final_number(text, "") == flexible
-
-
-def test_exact_match_and_its_standard_error():
-    right = ["1\n#### 1", "#### 2", "#### 3", "#### 4"]
-    said = ["I say 1", "#### 2", "#### 4", "three\n#### 4.0"]
-    found = data.exact_match(iter(said), iter(right))
-    assert (found["strict"], found["flexible"], found["examples"]) == (0.5, 0.75, 4)
-    assert found["standard_error"] == pytest.approx(math.sqrt(0.5 * 0.5 / 4))
-
-
-def test_gsm_is_split_by_question_and_ends_in_numbers():
-    pytest.importorskip("reasoning_gym")
-    tokenizer = data.load_tokenizer("base")
-    splits = data.load_examples("gsm", tokenizer, 1000)
-    questions = {}
-    for name, split in splits.items():
-        for prompt, solution in split.questions(len(split)):
-            assert questions.setdefault(tokenizer.decode(prompt), name) == name
-            assert final_number(tokenizer.decode(solution), "#### ") is not None
-    assert len(questions) == sum(map(len, splits.values())) > 3900
-    assert min(map(len, splits.values())) > 380
-
-
-def test_gsm_names_the_package_it_needs(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
-    with pytest.raises(InputError, match="pip install reasoning-gym"):
-        data.load_examples("gsm", data.load_tokenizer("base"), 64)
