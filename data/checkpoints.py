@@ -120,6 +120,7 @@ def write_checkpoint(folder, source, tensors, dtype):
         parts.setdefault(_source(family, name), []).append(piece)
     # The only fused tensors are gpt2's, which are transposed.
     stored = {source: torch.cat(pieces, dim=-1) for source, pieces in parts.items()}
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "model.safetensors", safetensors_bytes(stored, dtype))
     write_json(folder / "config.json", described)

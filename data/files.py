@@ -64,78 +64,19 @@ def read_tensors(path):
         raise InputError(f"{path} cannot be read: {str(error):.200}") from None
 
 
-def write_adapter(args, learned):
-    """Write adapter.pt into the folder args.out: `learned` (of `speft.adapter`), its base and settings.
-
-    Its indices are int32 where they fit, so that an entry takes 8 bytes.
-    """
-    small = {name: ((index.int() if math.prod(shape) < 2**31 else index).cpu(), values.cpu(), shape)
-             for name, (index, values, shape) in learned.items()}  # fmt: skip
-    saved = {"adapter": small, "base": args.base, "settings": vars(args)}
-    write_tensors(Path(args.out) / "adapter.pt", saved)
-
-
-def read_adapter(path, base):
-    """The "adapter" of an adapter.pt, for `speft.load_adapter`, which checks it against the model.
-
-    Raises InputError unless it was trained on the base with this fingerprint.
-    """
-    saved = read_tensors(path)
-    try:
-        adapter = {name: (i.cpu(), v.cpu(), tuple(shape)) for name, (i, v, shape) in saved["adapter"].items()}
-        if saved["base"] == base:
-            return adapter
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise InputError(f"{path} holds no adapter") from None
-    raise InputError(f"{path} was trained on another base: {saved['base']!r:.100}, not {base}")
-
-
-def write_progress(args, log, masks, params, optimizer):
-    """Write a checkpoint into the folder args.out: two files take turns, so that the one before stays."""
-    progress = {"settings": vars(args), "log": log, "masks": masks, "values": [p.detach() for p in params]}
-    paths = [Path(args.out) / f"checkpoint-{turn}.pt" for turn in (0, 1)]
-    older = min(paths, key=lambda path: path.stat().st_mtime_ns if path.exists() else 0)
-    write_tensors(older, progress | {"optimizer": optimizer.state_dict()})
-
-
-def read_progress(args):
-    """The newest intact checkpoint of a run with these settings in the folder args.out, or None.
-
-    Of a run that had finished it has the "result". Warns of a damaged file; raises InputError if all there is
-    is of other settings.
-    """
-    folder, found, different = Path(args.out), None, []
-    after = {"merge": args.merge, "prompt": args.prompt}  # concern only what comes after the training
-    own = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "checkpoint_every", *after)}
-    paths = [*folder.glob("checkpoint-*.pt"), *folder.glob("result.json")]
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
-        try:
-            if path.suffix == ".pt":
-                saved, usable = read_tensors(path), True
-            else:
-                result = read_json(path)
-                saved = {"settings": result, "log": [None] * args.steps, "result": result}
-                usable = result.items() >= (after | {"steps_done": args.steps}).items()
-            different = [name for name, value in own.items() if saved["settings"].get(name) != value]
-            found = saved if usable and not different else found
-        except InputError as error:
-            warnings.warn(f"{error}; going on from the one before", stacklevel=2)
-    if different and not found:
-        raise InputError(f"{folder}: the run to resume had another {', '.join(different)}")
-    return found
-
-
 def write_json(path, value):
     """Write `value` as indented JSON."""
     write_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def check_folder(folder):
-    """Make `folder` if need be, and sure that files can be written there; returns its Path."""
+def check_folder(flag, folder):
+    """Make `folder`, which the flag names, if need be, and sure that files can be written there."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
-    return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"--{flag} {folder}: no files can be written there ({error.strerror})") from None
 
 
 def read_json(path):
@@ -194,11 +135,3 @@ def find(name):
     if not path.is_dir() and not (path.suffix == ".gguf" and path.is_file()):
         raise InputError(f"no model at {path}: it is neither a checkpoint folder nor a .gguf file")
     return path
-
-
-def environment(device):
-    """For result.json: the most bytes held so far, by the device's allocator or the process, and versions."""
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else held
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return {"peak_memory_bytes": peak, "versions": versions, "processor": platform.machine()}

@@ -1,0 +1,66 @@
+"""How good is a model, and what does it say? Losses, task accuracy and samples, on held-out examples."""
+
+import torch
+
+from data.processes import gather, share, show
+from data.tasks import accuracy, answer, format_prompt, stop_tokens
+
+SAMPLES, SAMPLE_TOKENS = 3, 48
+
+
+@torch.no_grad()
+def mean_loss(model, batches):
+    """The mean loss of all samples in `batches`, in nats a token; the processes share them."""
+    losses = [loss for batch in share(batches) for loss in model.sample_losses(batch).tolist()]
+    everyone = [loss for theirs in gather(losses) for loss in theirs]
+    return sum(everyone) / len(everyone)
+
+
+class Report:
+    """Evaluates the models of a run, always on the same examples.
+
+    splits: {name: Examples}, of which "test" has the questions and the samples' beginnings; settings: the
+    flags of train.py.
+    """
+
+    def __init__(self, splits, tokenizer, settings):
+        self.tokenizer, self.batch_size = tokenizer, settings.batch_size
+        count, test = settings.eval_examples, splits["test"]
+        self.held_out = {name: split.spread(count, self.batch_size) for name, split in splits.items()}
+        self.questions = test.questions(count)
+        self.prompts = test.beginnings(SAMPLES)
+        if settings.prompt:
+            self.prompts = [format_prompt(settings.prompt, tokenizer, like=test)]
+
+    def losses(self, model, when, names):
+        """{"NAME_WHEN": loss} on the splits `names`, which are shown as they come."""
+        found = {}
+        for name in names:
+            found[f"{name}_{when}"] = mean_loss(model, self.held_out[name])
+            show(f"{name} loss {when}: {found[f'{name}_{when}']:.4f} nats a token")
+        return found
+
+    def accuracy(self, model, when):
+        """{"accuracy_WHEN": see `data.accuracy`}, empty if the test examples have no answers."""
+        progress = lambda done, total: show(f"answering: {done} of {total} questions", passing=True)  # noqa: E731
+        # Four times a batch fits, since no activations are kept.
+        mine = answer(model, share(self.questions), self.tokenizer, 4 * self.batch_size, progress)
+        found = accuracy([mark for marks in gather(mine) for mark in marks])
+        if found is None:
+            return {}
+        readings = [f"{found[name]:.1%} ± {found[f'{name}_error']:.1%} {name}" for name in found
+                    if f"{name}_error" in found]  # fmt: skip
+        show(f"accuracy {when}: {', '.join(readings)}, of {found['examples']} answers")
+        return {f"accuracy_{when}": found}
+
+    def samples(self, model, when):
+        """Show how the model goes on from the prompts."""
+        said = model.complete(self.prompts, SAMPLE_TOKENS, stop_tokens(self.tokenizer), len(self.prompts))
+        for prompt, completion in zip(self.prompts, said):
+            show(f"sample {when}: {self.tokenizer.decode(prompt + completion)!r}")
+
+    def __call__(self, model, when, names):
+        """All of the above; returns what goes into result.json."""
+        found = self.losses(model, when, names) | self.accuracy(model, when)
+        self.samples(model, when)
+        return found

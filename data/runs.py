@@ -1,0 +1,104 @@
+"""What a run leaves in its folder: adapter.pt, checkpoints, log.jsonl and result.json."""
+
+import math
+import platform
+import resource
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.files import InputError, read_json, read_tensors, write_json, write_json_lines, write_tensors
+
+
+def write_adapter(folder, learned, settings):
+    """Write `learned` (of `speft.adapter`) and the settings that it was trained with as adapter.pt.
+
+    Its indices are int32 where they fit, so that an entry takes 8 bytes. Equal contents have equal bytes.
+    """
+    small = {name: ((index.int() if math.prod(shape) < 2**31 else index).cpu(), values.cpu(), shape)
+             for name, (index, values, shape) in learned.items()}  # fmt: skip
+    write_tensors(Path(folder) / "adapter.pt", {"adapter": small, "base": settings["base"], "settings": settings})
+
+
+def read_adapter(path, base):
+    """The "adapter" of an adapter.pt, for `speft.load_adapter`, which checks it against the model.
+
+    Raises InputError unless it was trained on the base with this fingerprint.
+    """
+    saved = read_tensors(path)
+    try:
+        adapter = {name: (i.cpu(), v.cpu(), tuple(shape)) for name, (i, v, shape) in saved["adapter"].items()}
+        trained_on, settings = saved["base"], saved["settings"]
+        described = f"{settings['model']} in {settings['dtype']}"
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise InputError(f"{path} holds no adapter") from None
+    if trained_on != base:
+        raise InputError(f"{path} was trained on another base, {described} ({trained_on!r:.100}), not {base}: "
+                         "pass the same --model and --dtype")  # fmt: skip
+    return adapter
+
+
+def write_progress(folder, progress):
+    """Write a checkpoint: a dict of the run's "settings", its "log" and what else `train.fit` goes on from.
+
+    Named by its step. The one before stays, so that one always is whole; all others go.
+    """
+    step = len(progress["log"])
+    write_tensors(Path(folder) / f"checkpoint-{step}.pt", progress)
+    others = {int(path.stem.split("-")[1]): path for path in Path(folder).glob("checkpoint-[0-9]*.pt")}
+    before = max((number for number in others if number < step), default=None)
+    for number, path in others.items():
+        if number not in (step, before):
+            path.unlink()
+
+
+def read_progress(folder, settings):
+    """The intact checkpoint of the latest step of a run with these settings in `folder`, or None.
+
+    Warns of a damaged file; raises InputError if all there is, a result included, is of other settings.
+    """
+    found, different = [], []
+    for path in Path(folder).glob("checkpoint-[0-9]*.pt"):
+        try:
+            saved = read_tensors(path)
+        except InputError as error:
+            warnings.warn(f"{error}; going on from the one before", stacklevel=2)
+            continue
+        changed = changes(saved["settings"], settings)
+        different += changed
+        if not changed:
+            found.append(saved)
+    result = Path(folder) / "result.json"
+    if not found and result.exists():
+        different += changes(read_json(result), settings)
+    if different and not found:
+        raise InputError(f"{folder}: the run to resume had another {', '.join(sorted(set(different)))}")
+    return max(found, key=lambda saved: len(saved["log"]), default=None)
+
+
+def changes(saved, settings):
+    """The names of the settings that have another value in `saved`."""
+    return [name for name, value in settings.items() if saved.get(name) != value]
+
+
+def write_result(folder, log, result):
+    """Write log.jsonl, a row a step, and result.json."""
+    write_json_lines(Path(folder) / "log.jsonl", log)
+    write_json(Path(folder) / "result.json", result)
+
+
+def read_result(folder, settings):
+    """The result of a finished run with these settings in `folder`, or None: it has the losses after training."""
+    path = Path(folder) / "result.json"
+    result = read_json(path) if path.exists() else {}
+    return result if "val_after" in result and not changes(result, settings) else None
+
+
+def environment(device):
+    """For result.json: the most bytes held so far, by the device's allocator or the process, and versions."""
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else held
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {"peak_memory_bytes": peak, "versions": versions, "processor": platform.machine()}

@@ -1,0 +1,97 @@
+"""What a run is told: the flags of train.py, the values that they may have, and which of them --resume may change."""
+
+import argparse
+import difflib
+import math
+import re
+
+import torch
+
+DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+# The default of --lr by method, or of masks by metric: what did best in the studies, data/results/README.md.
+RATES = {"full": 3e-4, "random": 3e-2, "magnitude": 3e-2, "synflow": 3e-2}
+OTHER_RATE = 1e-2
+RATES_SAID = ", ".join(f"{name} {rate:g}" for name, rate in RATES.items()) + f", others {OTHER_RATE:g}"
+
+
+def positive(x):
+    return 0 < x < 2**31
+
+
+def not_negative(x):
+    return 0 <= x < 2**31
+
+
+def share(x):
+    return 0 <= x <= 1
+
+
+FLAGS = {  # name: (default, the values allowed, help)
+    "metric": ("grad", None, "how weights are scored"),
+    "density": (0.01, lambda x: 0 < x <= 1, "share of the linear layers' weights to train"),
+    "scope": ("global", ["global", "local"], "rank the weights of the whole model, or of each layer"),
+    "mask": ("static", ["static", "dynamic"], "score once, or again every --refresh steps"),
+    "refresh": (40, positive, "steps between the masks of --mask dynamic"),
+    "method": ("sparse", ["sparse", "full", "none"], "what to train: a mask, every weight, or nothing"),
+    "model": ("base", None, "base (shipped), scratch (random weights), smollm2, or a checkpoint"),
+    "adapter": ("", None, "adapter.pt of an earlier run, to start from"),
+    "data": ("prose", None, "prose, stdlib, gsm, gym:TASK of reasoning-gym, or a .jsonl or .txt file"),
+    "val": ("", None, "file to validate on; by default a tenth of the examples is held out"),
+    "layers": ("", None, "regular expression: train only linear layers whose name it matches"),
+    "score-examples": (128, positive, "training examples to score with"),
+    "steps": (120, not_negative, "optimizer steps"),
+    "batch-size": (8, positive, "examples that a process reads at once"),
+    "accumulate": (1, positive, "batches of each process whose gradients make a step"),
+    "seq-len": (256, positive, "longest example, in tokens"),
+    "lr": (math.nan, positive, f"peak learning rate (default by method or metric: {RATES_SAID})"),
+    "warmup": (0.03, share, "share of the steps in which the learning rate rises"),
+    "weight-decay": (0.0, not_negative, "AdamW's weight decay"),
+    "clip": (1.0, positive, "norm that a larger gradient is scaled down to"),
+    "eval-every": (40, positive, "steps between validations"),
+    "eval-examples": (64, positive, "held-out examples that an evaluation reads"),
+    "seed": (0, not_negative, "of the data order and of random numbers"),
+    "device": (DEVICES[0], DEVICES, "where to compute"),
+    "dtype": ("float32", ["float32", "bfloat16"], "type of the weights; corrections are always float32"),
+    "prompt": ("", None, "text for the samples to continue, instead of held-out examples' beginnings"),
+    "out": ("out", None, "folder for the results"),
+    "merge": ("", None, "folder for the whole model; --method full: in float16, by default in --out"),
+    "checkpoint-every": (40, not_negative, "steps between checkpoints in --out; 0: none"),
+}
+# What --resume may change: the same is trained, however the examples of a step are divided.
+MAY_CHANGE = {"prompt", "out", "merge", "checkpoint_every", "batch_size", "accumulate", "resume"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An error is one line, with exit code 2."""
+
+    def error(self, message):
+        if message.startswith("unrecognized"):
+            unknown = next(word for word in message.split() if word.startswith("-"))
+            nearest = difflib.get_close_matches(unknown, [f"--{name}" for name in FLAGS], n=1, cutoff=0.0)
+            message += f"; the nearest flag is {nearest[0]}"
+        self.exit(2, f"train.py: error: {message}\n")
+
+
+def parse_args(argv, metrics):
+    """The command line `argv` (None: the program's own) as a namespace; metrics: the names that there are.
+
+    What is wrong with it ends the program with exit code 2 and one line that names the flag.
+    """
+    parser = Parser("train.py", description="Salience-aware sparse fine-tuning.", allow_abbrev=False)
+    for name, (default, allowed, text) in (FLAGS | {"metric": ("grad", list(metrics), FLAGS["metric"][2])}).items():
+        choices = allowed if isinstance(allowed, list) else None
+        text += "" if default == "" or default != default else f" (default: {default})"
+        parser.add_argument(f"--{name}", type=type(default), default=default, choices=choices, help=text)
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    args = parser.parse_args(argv)
+    if math.isnan(args.lr):
+        args.lr = RATES.get(args.method, RATES.get(args.metric, OTHER_RATE))
+    for name, (_, allowed, _) in FLAGS.items():
+        value = getattr(args, name.replace("-", "_"))
+        if callable(allowed) and not allowed(value):
+            parser.error(f"argument --{name}: {value} is out of range")
+    try:
+        re.compile(args.layers)
+    except re.error as error:
+        parser.error(f"argument --layers: {args.layers!r} is no regular expression: {error}")
+    return args
