@@ -19,7 +19,6 @@ import warnings
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 
@@ -28,35 +27,31 @@ def salience(model, metric, batches, loss_fn, layers=None):
 
     metric: a key of METRICS. batches: tuples or dicts of tensors (B, ...), the model's input first.
     loss_fn(model, batch): the samples' losses (B,) or their mean. layers: a predicate on module names.
-    Returns {module name: score of the weight's shape}, finite, in float32 or float64. In a process group every
-    process brings batches of its own, and all get the scores of all samples. Raises ValueError where a score
-    would not be what the metric says.
+    Returns {module name: score of the weight's shape}. In a process group every process brings batches of its
+    own, and all get the scores of all samples. Raises ValueError where a score would not be what it should.
     """
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}: choose from {', '.join(METRICS)}")
     modules = linear_layers(model, layers)
     if not modules:
-        kinds = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
-        raise ValueError(f"no layer to score: `layers` matches no nn.Linear with its own weight in {kinds}")
-    batches = [] if batches is None else list(batches)
+        kinds = {type(module).__name__ for module in model.modules()}
+        raise ValueError(f"`layers` matches no nn.Linear with a weight of its own; the model is of {kinds}")
     with _left_as_found(model):
         weights = {name: module.weight.requires_grad_() for name, module in modules.items()}
-        scores = METRICS[metric](model, weights, batches, loss_fn)
+        scores = METRICS[metric](model, weights, [] if batches is None else list(batches), loss_fn)
     for name, weight in weights.items():
         if name not in scores or scores[name].shape != weight.shape or not scores[name].isfinite().all():
             raise ValueError(f"metric {metric!r}: layer {name!r} has no finite score of its weight's shape")
-    scores = {name: score.detach().contiguous() for name, score in scores.items()}
-    if dist.is_initialized():  # what is drawn or rounded may differ between processes
-        for score in scores.values():
-            dist.broadcast(score, 0)
+        scores[name] = scores[name].detach().contiguous()
+        if dist.is_initialized():
+            dist.broadcast(scores[name], 0)  # what is drawn or rounded may differ between processes
     return scores
 
 
 def linear_layers(model, layers=None):
-    """{name: module} of the linear layers that can be scored and sparsified, named as before torch.compile.
-
-    Their type is exactly nn.Linear or SparseLinear, and their weight a floating-point parameter of theirs
-    alone: a correction of an output head that is tied to the embedding would change the embedding.
+    """{name, as before torch.compile: module} of the linear layers that can be scored and sparsified.
+    Their type is exactly nn.Linear or SparseLinear, their weight a floating-point parameter of theirs alone:
+    who corrects an output head that is tied to the embedding changes the embedding.
     """
     if layers is not None and not callable(layers):
         raise ValueError(f"`layers` has to be a function of a module's name, not {layers!r}")
@@ -75,37 +70,38 @@ def linear_layers(model, layers=None):
 @contextlib.contextmanager
 def _left_as_found(model):
     """Eval mode, no gradients and nothing that requires one; afterwards all is as it was, bit for bit."""
-    if any(parameter._post_accumulate_grad_hooks for parameter in model.parameters()):
-        raise ValueError("the model has a hook that acts on gradients, as an optimizer might: remove it first")
-    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    if any(p._post_accumulate_grad_hooks for p in model.parameters()):
+        raise ValueError("a hook waits for a gradient, where an optimizer may step: remove it first")
+    parameters = [(p, p.requires_grad, p.grad_dtype, p.grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     model.eval()
     model.requires_grad_(False)
     model.zero_grad()
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
+        with torch.enable_grad(), torch.random.fork_rng(), warnings.catch_warnings():
             # What a reentrant checkpoint says whose layers get no gradient, and so would score zero.
             warnings.filterwarnings("error", "None of the inputs have requires_grad")
             yield
     except UserWarning as warning:
         raise ValueError(f"{warning}: score with checkpoint(..., use_reentrant=False)") from None
     finally:
-        for parameter, requires_grad, gradient in parameters:
-            parameter.requires_grad, parameter.grad = requires_grad, gradient
+        model.zero_grad()
+        for p, *found in parameters:
+            p.requires_grad, p.grad_dtype, p.grad = found
         for module, training in modes:
             module.training = training
         for module, name, buffer, value in buffers:
             buffer.data.copy_(value)
             setattr(module, name, buffer)
+    torch.rand(())  # of all that was drawn one number counts: the next random scores are others
 
 
 def _plain(value):
-    """A batch or an output as what pytree knows: some are mappings or dataclasses of a library's own."""
+    """A batch or an output with libraries' own mappings and dataclasses as dicts."""
     if isinstance(value, collections.abc.Mapping):
         return dict(value)
     return vars(value) if dataclasses.is_dataclass(value) else value
-
 
 def _tensors(value):
     return [leaf for leaf in pytree.tree_leaves(_plain(value)) if isinstance(leaf, torch.Tensor)]
@@ -120,72 +116,51 @@ def _count_samples(batches, weights):
         raise ValueError("this metric needs data, and `batches` is empty, at least in one process")
     return count
 
-
 def sum_over_processes(tensor):
-    """The tensor, summed in place over all processes if there is a process group."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def _own_random_state(weights):
-    """What a forward pass draws (noise, a sample of the data) is not drawn from the caller's generators."""
-    return torch.random.fork_rng({weight.device for weight in weights.values() if weight.is_cuda})
-
-
 def mean_gradient(model, weights, batches, loss_fn, power=1):
     """{name: g}, the gradient of the mean loss over the samples of all processes.
-
-    With a power, the mean of the samples' gradients to that power, where every batch is one sample.
-    """
-    mean = {w: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float)) for w in weights.values()}
-    share = 1 / _count_samples(batches, weights)
-
-    def consume(weight):
-        mean[weight].add_(weight.grad.to(mean[weight]) ** power, alpha=share)
-        weight.grad = None
-
-    with _own_random_state(weights), contextlib.ExitStack() as hooks:
-        # A sum may be taken in parts, as soon as they come: memory holds one layer's gradient at a time. A
-        # power has to wait for the whole: a layer in a reentrant checkpoint may get its gradient in parts.
-        for weight in weights.values() if power == 1 else ():
-            hooks.enter_context(weight.register_post_accumulate_grad_hook(consume))
-        for batch in batches:
-            loss, count = loss_fn(model, batch), len(_tensors(batch)[0])
-            if loss.shape not in ((), (count,)):
-                raise ValueError(f"loss_fn returns {tuple(loss.shape)}, not {count} samples' losses or their mean")
-            (loss.sum() if loss.dim() else loss * count).backward()
-            for weight in weights.values():
-                if weight.grad is not None:
-                    consume(weight)
-    return {name: sum_over_processes(mean[w].contiguous()) for name, w in weights.items()}
+    With a power, the mean of the samples' gradients to that power: then every batch has to be one sample."""
+    count, total = _count_samples(batches, weights), {}
+    for name, w in weights.items():
+        w.grad_dtype = torch.promote_types(w.dtype, torch.float32)
+        w.grad = torch.zeros(w.shape, dtype=w.grad_dtype, device=w.device)  # to which backward passes add
+        total[name] = w.grad if power == 1 else torch.zeros_like(w.grad)
+    for batch in batches:
+        loss, size = loss_fn(model, batch), len(_tensors(batch)[0])
+        if loss.shape not in ((), (size,)):
+            raise ValueError(f"loss_fn: shape {tuple(loss.shape)} is not that of {size} losses or their mean")
+        (loss.sum() if loss.dim() else loss * size).backward()
+        for name, w in weights.items() if power != 1 else ():
+            total[name] += w.grad**power
+            w.grad.zero_()
+    return {name: sum_over_processes(gradient.div_(count)) for name, gradient in total.items()}
 
 
 def random(model, weights, batches, loss_fn):
     """Uniform in [0, 1): the control. Drawn on the CPU, so that every device gets the same mask."""
     return {name: torch.rand(w.shape).to(w.device) for name, w in weights.items()}
 
-
 def magnitude(model, weights, batches, loss_fn):
     """abs(θ)"""
-    return {name: w.detach().abs().to(torch.promote_types(w.dtype, torch.float)) for name, w in weights.items()}
-
+    return {name: w.detach().abs() for name, w in weights.items()}
 
 def grad(model, weights, batches, loss_fn):
     """abs(g)"""
     return {name: g.abs_() for name, g in mean_gradient(model, weights, batches, loss_fn).items()}
-
 
 def force(model, weights, batches, loss_fn):
     """−g ⊙ θ"""
     g = mean_gradient(model, weights, batches, loss_fn)
     return {name: g[name].mul_(w.detach()).neg_() for name, w in weights.items()}
 
-
 def snip(model, weights, batches, loss_fn):
     """abs(g ⊙ θ)"""
     return {name: p.abs_() for name, p in force(model, weights, batches, loss_fn).items()}
-
 
 def taylor(model, weights, batches, loss_fn):
     """(g ⊙ θ)², which ranks exactly like SNIP: in float64, where no float32's square is rounded or lost."""
@@ -193,10 +168,7 @@ def taylor(model, weights, batches, loss_fn):
 
 
 def grasp(model, weights, batches, loss_fn):
-    """−(H g) ⊙ θ, with H the Hessian of ℓ over all chosen layers jointly.
-
-    H g is the gradient of the slope of ℓ along g, that is of ∂ℓ/∂θ · g with g held constant.
-    """
+    """−(H g) ⊙ θ, where H g is the gradient of ℓ's slope along g: of ∂ℓ/∂θ · g, with g held constant."""
     g = mean_gradient(model, weights, batches, loss_fn)
 
     def slope(model, batch):
@@ -205,8 +177,7 @@ def grasp(model, weights, batches, loss_fn):
         # 0 · loss: where the loss is linear in the weights, the slope depends on none of them.
         return sum((part * held).sum() for part, held in zip(along, g.values())) + 0 * loss
 
-    # Fused attention has no second derivative.
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the others derive only once
         product = mean_gradient(model, weights, batches, slope)
     return {name: product[name].mul_(w.detach()).neg_() for name, w in weights.items()}
 
@@ -219,32 +190,25 @@ def fisher(model, weights, batches, loss_fn):
 
 
 def synflow(model, weights, batches, loss_fn):
-    """(∂R/∂θ) ⊙ θ, where R sums the outputs of the linearised network for an input of ones.
-
-    Data-free: of the batches only the input's shape is used. ValueError for what cannot be linearised.
-    """
+    """(∂R/∂θ) ⊙ θ, where R sums the outputs of the linearised network for an input of ones."""
     _count_samples(batches, weights)
     example = _tensors(batches[0])[0][:1]
-    if example.is_floating_point():
-        example = torch.ones_like(example, dtype=torch.float64, requires_grad=True)
-    else:
-        example = example[..., :1]  # token ids: one position
+    ones = torch.ones_like(example, dtype=torch.float64, requires_grad=True)
+    inputs = ones if example.is_floating_point() else example[..., :1]  # token ids: one position
     positive = {w: w.detach().abs().double().requires_grad_() for w in weights.values()}
-    with _own_random_state(weights), _Linearised(positive):
+    with _Linearised(positive):
         named = isinstance(batches[0], collections.abc.Mapping)
-        output = model(**{next(iter(batches[0])): example}) if named else model(example)
+        output = model(**{next(iter(batches[0])): inputs}) if named else model(inputs)
     total = _tensors(output)[0].sum()
-    gradients = torch.autograd.grad(total, list(positive.values()), materialize_grads=True)
+    gradients = torch.autograd.grad(total, [*positive.values()], materialize_grads=True)
     return {name: g * positive[w].detach() for (name, w), g in zip(weights.items(), gradients)}
 
 
 class _Linearised(torch.overrides.TorchFunctionMode):
     """The network as SynFlow sees it, in float64: absolute weights, no biases, no non-linearity.
-
-    Activations, and attention over one position, pass on the signal (what requires a gradient); an embedding
-    looks up ones; a norm is its gain. A product of two signals, as in a gated MLP, is their geometric mean: a
-    plain product would square the signal in every block. All else has to be linear: it is tried on twice the
-    signal.
+    The signal is what requires a gradient. Activations, and attention over one position, pass it on;
+    embeddings look up ones; a norm is its gain. Two signals' product (a gated MLP) is their geometric mean:
+    a plain one would square them in every block. All else has to be linear: it is tried on twice the signal.
     """
 
     ACTIVATIONS = set("relu6 elu celu selu gelu silu mish tanh sigmoid softplus softsign hardtanh hardswish "
@@ -280,10 +244,10 @@ class _Linearised(torch.overrides.TorchFunctionMode):
         if name == "rsqrt" or name == "softmax" and given[0].size(kwargs.get("dim", given[1])) == 1:
             return torch.ones_like(given[0]).detach()  # of a norm or of attention written by hand
         if name in ("mul", "rmul", "imul", "multiply") and len(signals) == 2:
-            return math.prod(factor.clamp(min=1e-300).sqrt() for factor in signals)  # their product may overflow
+            return math.prod(factor.clamp(min=1e-300).sqrt() for factor in signals)  # no overflow
         if name in ("matmul", "bmm", "einsum") and len(signals) == 2:
             return func(*args, **kwargs) * math.nan  # of queries and keys: only for softmax
-        known = torch.zeros_like if name in ("add", "radd", "iadd") else self.absolute  # what is added is a bias
+        known = torch.zeros_like if name in ("add", "radd", "iadd") else self.absolute  # no biases
         args, kwargs = pytree.tree_map_only(nn.Parameter, known, (args, kwargs))
         twice = pytree.tree_map_only(torch.Tensor, lambda t: t + t if t.requires_grad else t, (args, kwargs))
         output, doubled = func(*args, **kwargs), func(*twice[0], **twice[1])
@@ -295,31 +259,27 @@ class _Linearised(torch.overrides.TorchFunctionMode):
 
 METRICS = {f.__name__: f for f in (random, magnitude, grad, snip, force, taylor, synflow, grasp, fisher)}
 
+
 def select(scores, density, scope):
     """Keep the top `density` of all scores: {name: score} -> {name: sorted flat indices, int64}.
-
     scope: "global" keeps round(density * numel) of all layers together, "local" that of each, at least one.
-    Ties go to the earlier layer and the lower index. Raises ValueError for a density outside (0, 1], a global
-    count of zero, a score that is not a number.
+    Ties go to the earlier layer and the lower index. Raises ValueError for what cannot be ranked like that.
     """
-    if not (isinstance(density, (int, float)) and 0 < density <= 1):
-        raise ValueError(f"density must be in (0, 1], not {density!r}")
-    if scope not in ("global", "local"):
-        raise ValueError(f"scope must be 'global' or 'local', not {scope!r}")
+    if not (isinstance(density, (int, float)) and 0 < density <= 1 and scope in ("global", "local")):
+        raise ValueError(f"density has to be in (0, 1], scope global or local, not {density!r} and {scope!r}")
     if any(score.isnan().any() for score in scores.values()):
         raise ValueError("a score is not a number")
-    groups = [scores] if scope == "global" else [{name: score} for name, score in scores.items()]
-    indices = {}
-    for group in groups:
-        count = round(density * sum(score.numel() for score in group.values()))
-        if scope == "global" and count == 0:
-            raise ValueError(f"a density of {density} keeps none of the weights")
-        indices |= _top({name: score.flatten() for name, score in group.items()}, max(1, count))
-    return indices
+    if scope == "local":
+        return {name: _top({name: s}, max(1, round(density * s.numel())))[name] for name, s in scores.items()}
+    count = round(density * sum(score.numel() for score in scores.values()))
+    if count == 0:
+        raise ValueError(f"a density of {density} keeps none of the weights")
+    return _top(scores, count)
 
 
 def _top(scores, count):
     """The flat indices of the `count` largest scores; copies at most about `count` scores and one layer's."""
+    scores = {name: score.flatten() for name, score in scores.items()}
     top, least, indices = torch.empty(0), -math.inf, {}
     for score in scores.values():
         top = torch.cat((top, score[score >= least].detach().cpu()))
@@ -338,11 +298,10 @@ def _top(scores, count):
 class SparseLinear(nn.Linear):
     """A linear layer whose weight (out, in) is frozen but for k entries, corrected by the vector `delta`.
 
-    delta (k,): the trainable correction, float32 whatever the weight's type, zero at first. known (m,): sorted
-    flat positions of all entries that a mask has trained; original (m,): their values in the base. Of the first
-    mask `known` is the mask itself; later carried (m,) is what earlier masks learned, and place (k,) where the
-    mask's entries stand in `known`. An entry of the weight is original + (carried + delta), written anew
-    whenever the weight is read: nothing else may write there.
+    delta (k,): the trainable correction, float32 whatever the weight's type. known (m,): sorted flat places
+    of all entries that a mask has trained; original (m,): their values in the base. From the second mask on,
+    carried (m,) is what earlier ones learned, and place (k,) where the mask stands in `known`. An entry of
+    the weight is original + (carried + delta), written anew whenever it is read: nothing else may write it.
     """
 
     BUFFERS = ("known", "original", "carried", "place")
@@ -362,6 +321,7 @@ class SparseLinear(nn.Linear):
             place = torch.searchsorted(known, index)
         for name, buffer in zip(self.BUFFERS, (known, flat[known], carried, place)):
             self.register_buffer(name, buffer)
+        # Without entries it asks for no gradient: DistributedDataParallel would wait for it.
         self.delta = nn.Parameter(torch.zeros_like(index, dtype=torch.float32), requires_grad=len(index) > 0)
         self.planned = cover(index, *weight.shape)
         self.sync()
@@ -372,32 +332,27 @@ class SparseLinear(nn.Linear):
         return self.known if self.place is None else self.known[self.place]
 
     def total(self):
-        """What has been learned so far: the correction (m,) of each known entry."""
+        """The correction (m,) of each known entry."""
         delta = self.delta.detach()
         return delta if self.place is None else self.carried.index_add(0, self.place, delta)
 
     def sync(self):
-        """Make the weight right, however `delta` was changed: m entries, cheap at every forward pass."""
+        """Make the weight right, however `delta` was changed."""
         weight = self._parameters["weight"].data  # through .data, so that autograd takes no notice
         values = (self.original + self.total()).to(weight.dtype)  # the sum in float32 or wider
         weight.view(-1).scatter_(0, self.known, values)
 
     @property
     def weight(self):
-        """The weight, corrected; whoever computes with it trains `delta`, by way of the dense gradient."""
+        """The weight, corrected. Who reads it computes right; who calls the layer also trains `delta`."""
         self.sync()
-        weight = self._parameters["weight"]
-        return _Corrected.apply(weight, self.delta, self.index) if self.trains() else weight
-
-    def trains(self):
-        scored = self._parameters["weight"].requires_grad
-        return torch.is_grad_enabled() and self.delta.requires_grad and not scored
+        return self._parameters["weight"]
 
     def forward(self, x):
-        if self.planned is None or not self.trains():
-            return F.linear(x, self.weight, self.bias)
-        self.sync()
-        y = F.linear(x, self._parameters["weight"], self.bias)
+        weight = self.weight
+        y = nn.functional.linear(x, weight, self.bias)
+        if weight.requires_grad or not (self.delta.requires_grad and torch.is_grad_enabled()):
+            return y  # being scored, or frozen
         return _Tap.apply(y, x, self.delta, *self.planned)
 
     def plain(self):
@@ -412,7 +367,7 @@ class SparseLinear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict, prefix, *others):
         if prefix + "known" not in state_dict:
-            raise ValueError(f"layer {prefix[:-1]!r} is sparse: `merge` before you load the weights of a base")
+            raise ValueError(f"layer {prefix[:-1]!r} is sparse: `merge` before loading a base")
         super()._load_from_state_dict(state_dict, prefix, *others)
         self.planned = cover(self.index, *self._parameters["weight"].shape)
 
@@ -425,104 +380,80 @@ class SparseLinear(nn.Linear):
         return self
 
 
-class _Corrected(torch.autograd.Function):
-    """The weight as a function of delta, whose gradient is gathered from the weight's."""
-
-    @staticmethod
-    def forward(ctx, weight, delta, index):
-        # delta: so that a backward pass after it has changed is an error, as with any parameter
-        ctx.save_for_backward(index, delta)
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx, dweight):
-        index, _ = ctx.saved_tensors
-        return None, dweight.reshape(-1).index_select(0, index).float(), None
-
-
 class _Tap(torch.autograd.Function):
     """Passes y (..., out) = x Wᵀ + b on; of W's gradient the backward pass forms what `cover` planned."""
 
     @staticmethod
     def forward(ctx, y, x, delta, places, columns, rows, n_crowded):
-        # Keep a copy of few columns, or else x itself, which other layers may keep as well.
+        # Keep a copy of few columns, or else x, as others may, and delta, which must not change meanwhile.
         ctx.n_crowded, ctx.copied = n_crowded, 2 * len(columns) < x.size(-1)
         kept = x.reshape(-1, x.size(-1)).index_select(1, columns) if ctx.copied else x
-        ctx.save_for_backward(kept, delta, places, columns, rows)  # delta as in _Corrected
+        ctx.save_for_backward(kept, delta, places, columns, rows)
         return y.view_as(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        kept, _, places, columns, rows = ctx.saved_tensors
-        x = kept if ctx.copied else kept.reshape(-1, kept.size(-1)).index_select(1, columns)
-        x, dy_rows = x.to(dy.dtype), dy.reshape(-1, dy.size(-1))  # under autocast dy is narrower than x
-        crowded, others = x[:, : ctx.n_crowded].T, x[:, ctx.n_crowded :].T
-        products = dy.new_empty(len(crowded) * dy.size(-1) + len(others) * len(rows))
-        first, second = products.split((len(crowded) * dy.size(-1), len(others) * len(rows)))
-        torch.mm(crowded, dy_rows, out=first.view(len(crowded), dy.size(-1)))
-        torch.mm(others, dy_rows.index_select(1, rows), out=second.view(len(others), len(rows)))
+        x, _, places, columns, rows = ctx.saved_tensors
+        x, dy_rows = x.reshape(-1, x.size(-1)).to(dy.dtype), dy.reshape(-1, dy.size(-1))  # for autocast
+        if not ctx.copied and ctx.n_crowded < x.size(1):
+            x = x.index_select(1, columns)
+        products = (x[:, : ctx.n_crowded].T @ dy_rows).view(-1)
+        if len(rows):
+            others = x[:, ctx.n_crowded :].T @ dy_rows.index_select(1, rows)
+            products = torch.cat((products, others.view(-1)))
         return dy, None, products.index_select(0, places).float(), None, None, None, None
 
 
 def cover(index, n_rows, n_columns):
     """The parts of the weight's gradient to form, so that they hold all the entries `index` and little else.
-
-    Every entry of the gradient dyᵀ x is a product of one column of dy and one of x, so that
-        x[:, crowded]ᵀ dy   and   x[:, others]ᵀ dy[:, rows]
-    are exactly those parts of it, transposed. The entries that matter lie in few columns (input features) and
-    rows (outputs): the first product takes whole the columns of which a 32nd is trained, the second the rows
-    and columns of the entries outside them. Returns places (k,), where the entries stand in the two products,
-    laid flat one after the other; columns, the crowded ones and then the others; rows; how many are crowded.
-    None where the whole gradient is cheaper.
+    An entry of the gradient dyᵀ x is a product of a column of dy and one of x: its parts, transposed, are
+        x[:, crowded]ᵀ dy   and   x[:, others]ᵀ dy[:, rows].
+    The entries that matter lie in few columns (input features) and rows (outputs): the first part takes whole
+    the columns of which a 32nd is trained, the second the rows and columns of the other entries.
+    Returns where the entries stand in the parts, laid flat one after the other (k,); the columns, the crowded
+    first; the rows; how many are crowded: all where the whole gradient is cheaper.
     """
     row, column = index // n_columns, index % n_columns
     is_crowded = column.bincount(minlength=n_columns) >= n_rows / 32
     crowded, outside = is_crowded.nonzero().squeeze(1), ~is_crowded[column]
     others, rows = column[outside].unique(), row[outside].unique()
-    # In units of an entry's share of a product, as measured on a CPU: reading all of dy costs 16 columns, copying
-    # a line of x or dy 64 entries. On CUDA starting up to three more kernels costs some 2^19.
-    lines = len(crowded) + len(others) + len(rows)
-    cost = n_rows * (len(crowded) + 16) + len(others) * len(rows) + 64 * lines
+    # As measured on a CPU, reading all of dy costs as much as 16 columns of a product, copying a line of x or
+    # dy as much as 64 entries; on CUDA starting up to three more kernels as much as some 2^19.
+    columns = torch.cat((crowded, others))
+    cost = n_rows * (len(crowded) + 16) + len(others) * len(rows) + 64 * (len(columns) + len(rows))
     if cost + 2**19 * index.is_cuda >= n_rows * n_columns:
-        return None
+        return column * n_rows + row, torch.arange(n_columns, device=index.device), rows[:0], n_columns
     in_first = torch.searchsorted(crowded, column) * n_rows + row
     in_second = torch.searchsorted(others, column) * len(rows) + torch.searchsorted(rows, row)
     places = torch.where(outside, len(crowded) * n_rows + in_second, in_first)
-    return places, torch.cat((crowded, others)), rows, len(crowded)
+    return places, columns, rows, len(crowded)
 
 
 def sparsify(model, indices):
     """Make the named linear layers SparseLinears in place and freeze everything else; returns the deltas.
-
-    indices: {module name: sorted flat indices (k,)}, as `select` returns it. Empty deltas are left out, those of
-    an earlier call freeze (`remask` is the next mask's way). Buffers do not: BatchNorm's statistics still drift
-    in training mode, and are in no adapter. Raises ValueError, before anything is changed, for a name or an
-    index that does not fit.
+    indices: {module name: sorted flat indices (k,)}, of `select`. Empty deltas are left out, earlier ones
+    freeze (`remask` is the next mask's way). Buffers do not: BatchNorm's statistics drift in training mode,
+    and are in no adapter. Raises ValueError, before anything is changed, for what does not fit.
     """
     modules = linear_layers(model)
     for name, index in indices.items():
         _check_index(modules, name, index)
     model.requires_grad_(False)
     for name, index in indices.items():
-        # The module stays the same object, whoever refers to it; only its class and what it holds change.
-        modules[name].__class__ = SparseLinear
+        modules[name].__class__ = SparseLinear  # still the same object, whoever refers to it
         modules[name].set_mask(index)
     return [modules[name].delta for name in indices if modules[name].delta.numel()]
 
 
 def remask(model, indices):
-    """The dynamic step: what was learned stays, the new mask (as for `sparsify`) starts from zero deltas.
-
-    Returns the new deltas; the old ones are no longer part of the model, so make a new optimizer.
-    """
+    """The dynamic step: what was learned stays, the new mask starts from zero; returns its deltas."""
     emptied = {name: torch.empty(0, dtype=torch.int64) for name, _ in _sparse_layers(model)}
     return sparsify(model, emptied | indices)
 
 
 def _sparse_layers(model):
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear)]
-    return [(name.replace("_orig_mod.", ""), module) for name, module in layers]
+    return [(name, module) for name, module in linear_layers(model).items() if type(module) is SparseLinear]
 
 
 def _check_index(modules, name, index):
@@ -535,28 +466,28 @@ def _check_index(modules, name, index):
 
 
 def adapter(model):
-    """What all masks learned: {module name: (flat indices (m,), float32 corrections (m,), weight's shape)}."""
-    layers = _sparse_layers(model)
-    return {name: (m.known.clone(), m.total().clone(), tuple(m.weight.shape)) for name, m in layers}
+    """All that was learned: {module name: (flat indices (m,), float32 corrections (m,), weight's shape)}."""
+    return {name: (module.known.clone(), module.total().clone(), tuple(module.weight.shape))
+            for name, module in _sparse_layers(model)}  # fmt: skip
 
 
 def load_adapter(model, state):
-    """Put what `adapter` returned onto its base, in place of any other; returns the non-empty deltas.
-
-    Outputs are equal bit for bit. Raises ValueError, before anything is changed, where it does not fit.
+    """Put what `adapter` returned onto its base, bit for bit, in place of any other; returns the deltas.
+    Raises ValueError, before anything is changed, where it does not fit.
     """
     modules = linear_layers(model)
     for name, (index, values, shape) in state.items():
         _check_index(modules, name, index)
         fits = tuple(shape) == modules[name].weight.shape and values.shape == index.shape
         if not (fits and values.dtype == torch.float32 and values.isfinite().all()):
-            raise ValueError(f"layer {name!r}: not finite float32 corrections, one an index, of its weight's shape")
+            raise ValueError(f"layer {name!r}: not a finite float32 an index, for a weight {tuple(shape)}")
     for _, module in _sparse_layers(model):
-        module.weight.data.view(-1)[module.known] = module.original
+        module._parameters["weight"].data.view(-1)[module.known] = module.original
         module.plain()
     deltas = sparsify(model, {name: index for name, (index, _, _) in state.items()})
     for name, (_, values, _) in state.items():
         modules[name].delta.data.copy_(values)
+        modules[name].sync()
     return deltas
 
 

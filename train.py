@@ -23,22 +23,15 @@ def choose_mask(model, train, args, draw):
     seed = args.seed + 1000 * draw  # no two runs share a set, if their seeds are small
     torch.manual_seed(seed)
     batches = data.share(train.draw(0, args.score_examples, seed + 1, args.batch_size))
-    count, done, start = sum(len(inputs) for inputs, _ in batches), 0, time.time()
+    progress = data.Progress("scoring", sum(len(inputs) for inputs, _ in batches), "examples")
 
     def losses(model, batch):
-        nonlocal done
-        data.show(f"scoring: {done % count} of {count} examples, {time.time() - start:.0f} s so far", passing=True)
-        done += len(batch[0])
+        progress.count(len(batch[0]))
         return model.sample_losses(batch)
 
     scores = speft.salience(model, args.metric, batches, losses, re.compile(args.layers).search)
     indices = speft.select(scores, args.density, args.scope)
-    shares = {}
-    for name, index in indices.items():
-        # by kind: blocks.3.attn.q is one of the attn.q
-        shares.setdefault(name.split(".", 2)[-1], []).append(len(index) / scores[name].numel())
-    kinds = ", ".join(f"{kind} {sum(part) / len(part):.2%}" for kind, part in shares.items())
-    data.show(f"training {sum(map(len, indices.values())):,} weights: {kinds}")
+    data.show_mask({name: len(index) / scores[name].numel() for name, index in indices.items()}, indices)
     return indices
 
 
@@ -113,32 +106,12 @@ def fit(model, params, train, val, args, log, saved=None, save=None):
         if (step + 1) % args.eval_every == 0:
             row["val"] = data.mean_loss(model, val)
         log.append(row)
-        show_step(row, args.steps)
+        data.show_step(row, args.steps)
         is_last = len(log) == args.steps
         if save and args.checkpoint_every and (is_last or len(log) % args.checkpoint_every == 0):
             values, state = [parameter.detach() for parameter in params], optimizer.state_dict()
             save({"log": log, "learned": learned, "indices": indices, "values": values, "optimizer": state})
     return params or []
-
-
-def show_step(row, steps):
-    line = f"step {row['step']}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.1e}"
-    line += f"  {row['tokens_per_second']:,.0f} tokens/s  {row['seconds'] * (steps - row['step']):.0f} s left"
-    line += f"  validation {row['val']:.4f}" if "val" in row else ""
-    data.show(line, passing="val" not in row and 1 < row["step"] < steps)
-
-
-def check(args, model):
-    """Raise InputError, naming the flag, for what cannot work with this model, before any work is done."""
-    names = list(speft.linear_layers(model))
-    layers = speft.linear_layers(model, re.compile(args.layers).search)
-    weights = sum(layer.weight.numel() for layer in layers.values())
-    if not layers:
-        raise data.InputError(f"--layers {args.layers}: matches no linear layer; the first of all is {names[0]}")
-    if args.scope == "global" and round(args.density * weights) == 0:
-        raise data.InputError(f"--density {args.density}: keeps none of {weights:,} weights")
-    if args.seq_len > model.config.block_size:
-        raise data.InputError(f"--seq-len {args.seq_len}: the model's context is {model.config.block_size} tokens")
 
 
 def run(args, adapt, log):
@@ -150,7 +123,7 @@ def run(args, adapt, log):
             data.check_folder(flag, vars(args)[flag])
     torch.manual_seed(args.seed)
     model = data.load_model(args.model, getattr(torch, args.dtype)).to(args.device)
-    check(args, model)
+    data.check_fit(args, model.config, speft.linear_layers(model), re.compile(args.layers).search)
     tokenizer, base = data.load_tokenizer(args.model), model.fingerprint()
     if args.adapter:
         speft.load_adapter(model, data.read_adapter(args.adapter, base))
@@ -163,15 +136,10 @@ def run(args, adapt, log):
     settings |= {"step_examples": args.batch_size * args.accumulate * data.processes()[1]}
     settings |= {"base": base, "start": model.fingerprint() if args.adapter else base}
     settings |= {f"{name}_data": split.fingerprint() for name, split in splits.items()}
-    result, saved = vars(args) | settings | {"processes": data.processes()[1]}, None
-    if args.resume:
-        found = (data.read_result(args.out, settings), data.read_progress(args.out, settings)) if is_first else None
-        finished, saved = data.gather(found)[0]  # the first process reads for all
-        if finished:
-            losses = ", ".join(f"{name} {loss:.4f}" for name, loss in finished.items() if name.endswith("_after"))
-            data.show(f"{args.out}: this run is finished: {losses}")
-            return finished
-        data.show(f"{args.out}: going on after step {len(saved['log']) if saved else 0}")
+    result = vars(args) | settings | {"processes": data.processes()[1]}
+    finished, saved = data.resume(args.out, settings) if args.resume else (None, None)
+    if finished:
+        return finished
     total = sum(parameter.numel() for parameter in model.parameters())
     data.show(f"{args.model}: {total:,} weights; {len(train):,} examples {train.note}")
 
@@ -197,7 +165,7 @@ def run(args, adapt, log):
         result |= {"seconds": time.time() - start, **data.environment(args.device)}
         if is_first:
             data.write_result(args.out, log, result)
-        data.show(f"{result['seconds']:.0f} s, scoring {result['score_seconds']:.1f} s of it; see {args.out}/")
+        data.show(f"{result['seconds']:.0f} s, {result['score_seconds']:.1f} s of it scoring; see {args.out}/")
     return result
 
 

@@ -71,7 +71,7 @@ class Examples:
         return sorted(pairs, key=lambda pair: len(pair[0]))
 
     def beginnings(self, count):
-        """What `count` samples, evenly spread, begin with, as lists of ids: a prompt, or a text's first words.
+        """What `count` samples, evenly spread, begin with, as lists of ids: prompts, or texts' first words.
 
         A prompt holds nothing of its answer, and a text's beginning is at most half of it.
         """
@@ -143,7 +143,7 @@ def _split_tenths(name, has_val):
     whole = _read(name)
     if len(whole.documents) < len(TENTHS) and not has_val:
         raise InputError(f"{whole}: too few to hold a tenth each out for validation and test; "
-                         "give ten or more, or another file with --val, which then serves as both")  # fmt: skip
+                         "give ten or more, or another file by --val, which then serves as both")  # fmt: skip
     splits = {split: whole._replace(documents=[]) for split in TENTHS}
     for place, document in enumerate(whole.documents):
         splits[TENTHS[place % len(TENTHS)]].documents.append(document)
@@ -194,6 +194,7 @@ def _pad(part, tokenizer, seq_len, device):
 def _opening(records):
     """The system's messages that all chats among the records begin with; None if there are no chats."""
     chats = [record["messages"] for record in records if record.get("messages")]
-    openings = [list(itertools.takewhile(lambda message: message["role"] == "system", chat)) for chat in chats]
+    is_system = lambda message: message["role"] == "system"  # noqa: E731
+    openings = [list(itertools.takewhile(is_system, chat)) for chat in chats]
     alike = all(opening == openings[0] for opening in openings)
     return (openings[0] if alike else []) if openings else None

@@ -45,10 +45,29 @@ def gather(value):
 
 
 def show(line, passing=False):
-    """Print a line. One that is only passing is overwritten by the next on a terminal, else shown now and then."""
+    """Print a line. On a terminal the next one overwrites a passing one, elsewhere few of these are shown."""
     global last_shown
     terminal = sys.stdout.isatty()
     if processes()[0] or passing and not terminal and time.time() - last_shown < SECONDS:
         return
     last_shown = time.time()
     print(("\r\033[K" if terminal else "") + line, end="" if passing and terminal else "\n", flush=True)
+
+
+class Progress:
+    """Passing lines on how much of `total` is done; what is more than that is a second pass."""
+
+    def __init__(self, doing, total, units):
+        self.doing, self.total, self.units = doing, total, units
+        self.done, self.start = 0, time.time()
+        self.show(0)
+
+    def count(self, more):
+        """Called before `more` are worked on: what came before is done."""
+        self.show(self.done)
+        self.done += more
+
+    def show(self, done):
+        at = done % self.total if done > self.total else done
+        left = f", {(time.time() - self.start) / done * (self.total - at):.0f} s left" if done else ""
+        show(f"{self.doing}: {at} of {self.total} {self.units}{left}", passing=True)

@@ -2,7 +2,7 @@
 
 import torch
 
-from data.processes import gather, share, show
+from data.processes import Progress, gather, share, show
 from data.tasks import accuracy, answer, format_prompt, stop_tokens
 
 SAMPLES, SAMPLE_TOKENS = 3, 48
@@ -42,10 +42,11 @@ class Report:
 
     def accuracy(self, model, when):
         """{"accuracy_WHEN": see `data.accuracy`}, empty if the test examples have no answers."""
-        progress = lambda done, total: show(f"answering: {done} of {total} questions", passing=True)  # noqa: E731
         # Four times a batch fits, since no activations are kept.
-        mine = answer(model, share(self.questions), self.tokenizer, 4 * self.batch_size, progress)
-        found = accuracy([mark for marks in gather(mine) for mark in marks])
+        mine, size = share(self.questions), 4 * self.batch_size
+        progress = Progress("answering", len(mine), "questions")
+        marks = answer(model, mine, self.tokenizer, size, lambda done, total: progress.show(done))
+        found = accuracy([mark for theirs in gather(marks) for mark in theirs])
         if found is None:
             return {}
         readings = [f"{found[name]:.1%} ± {found[f'{name}_error']:.1%} {name}" for name in found
@@ -64,3 +65,20 @@ class Report:
         found = self.losses(model, when, names) | self.accuracy(model, when)
         self.samples(model, when)
         return found
+
+
+def show_mask(densities, indices):
+    """What a mask trains: {layer: density} by kind of layer, blocks.3.attn.q being one of the attn.q."""
+    kinds = {}
+    for name, density in densities.items():
+        kinds.setdefault(name.split(".", 2)[-1], []).append(density)
+    means = ", ".join(f"{kind} {sum(part) / len(part):.2%}" for kind, part in kinds.items())
+    show(f"training {sum(map(len, indices.values())):,} weights: {means}")
+
+
+def show_step(row, steps):
+    """A step's row of the log as a line, which stays if it is the first, the last, or has a validation."""
+    line = f"step {row['step']}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.1e}"
+    line += f"  {row['tokens_per_second']:,.0f} tokens/s  {row['seconds'] * (steps - row['step']):.0f} s left"
+    line += f"  validation {row['val']:.4f}" if "val" in row else ""
+    show(line, passing="val" not in row and 1 < row["step"] < steps)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from data.files import InputError, read_json, read_tensors, write_json, write_json_lines, write_tensors
+from data.processes import gather, processes, show
 
 
 def write_adapter(folder, learned, settings):
@@ -19,7 +20,8 @@ def write_adapter(folder, learned, settings):
     """
     small = {name: ((index.int() if math.prod(shape) < 2**31 else index).cpu(), values.cpu(), shape)
              for name, (index, values, shape) in learned.items()}  # fmt: skip
-    write_tensors(Path(folder) / "adapter.pt", {"adapter": small, "base": settings["base"], "settings": settings})
+    saved = {"adapter": small, "base": settings["base"], "settings": settings}
+    write_tensors(Path(folder) / "adapter.pt", saved)
 
 
 def read_adapter(path, base):
@@ -35,8 +37,8 @@ def read_adapter(path, base):
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(f"{path} holds no adapter") from None
     if trained_on != base:
-        raise InputError(f"{path} was trained on another base, {described} ({trained_on!r:.100}), not {base}: "
-                         "pass the same --model and --dtype")  # fmt: skip
+        raise InputError(f"{path} was trained on another base ({trained_on!r:.100}, not {base}): "
+                         f"it was {described}")  # fmt: skip
     return adapter
 
 
@@ -90,10 +92,27 @@ def write_result(folder, log, result):
 
 
 def read_result(folder, settings):
-    """The result of a finished run with these settings in `folder`, or None: it has the losses after training."""
+    """The result of the run with these settings in `folder`, if it has the losses after training, else None."""
     path = Path(folder) / "result.json"
     result = read_json(path) if path.exists() else {}
     return result if "val_after" in result and not changes(result, settings) else None
+
+
+def resume(folder, settings):
+    """(the result, if the run with these settings in `folder` is finished; else the checkpoint to go on from)
+
+    Both may be None. The first process reads for all.
+    """
+    finished, saved = None, None
+    if processes()[0] == 0:
+        finished, saved = read_result(folder, settings), read_progress(folder, settings)
+    finished, saved = gather((finished, saved))[0]
+    if finished:
+        losses = [f"{name} {finished[name]:.4f}" for name in ("val_after", "test_after", "source_after")]
+        show(f"{folder}: this run is finished: {', '.join(losses)}")
+    else:
+        show(f"{folder}: going on after step {len(saved['log']) if saved else 0}")
+    return finished, saved
 
 
 def environment(device):

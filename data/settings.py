@@ -1,4 +1,4 @@
-"""What a run is told: the flags of train.py, the values that they may have, and which of them --resume may change."""
+"""What a run is told: the flags of train.py, their values, and which of them --resume may change."""
 
 import argparse
 import difflib
@@ -6,6 +6,8 @@ import math
 import re
 
 import torch
+
+from data.files import InputError
 
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 # The default of --lr by method, or of masks by metric: what did best in the studies, data/results/README.md.
@@ -78,7 +80,8 @@ def parse_args(argv, metrics):
     What is wrong with it ends the program with exit code 2 and one line that names the flag.
     """
     parser = Parser("train.py", description="Salience-aware sparse fine-tuning.", allow_abbrev=False)
-    for name, (default, allowed, text) in (FLAGS | {"metric": ("grad", list(metrics), FLAGS["metric"][2])}).items():
+    flags = FLAGS | {"metric": ("grad", list(metrics), "how weights are scored")}
+    for name, (default, allowed, text) in flags.items():
         choices = allowed if isinstance(allowed, list) else None
         text += "" if default == "" or default != default else f" (default: {default})"
         parser.add_argument(f"--{name}", type=type(default), default=default, choices=choices, help=text)
@@ -95,3 +98,18 @@ def parse_args(argv, metrics):
     except re.error as error:
         parser.error(f"argument --layers: {args.layers!r} is no regular expression: {error}")
     return args
+
+
+def check_fit(args, config, layers, chosen):
+    """Raise InputError, naming the flag, for what cannot work with a model, before any work is done.
+
+    config: the model's. layers: its linear layers by name; chosen: which of the names --layers matches.
+    """
+    weights = [layer.weight.numel() for name, layer in layers.items() if chosen(name)]
+    if args.method == "sparse" and not weights:
+        names = ", ".join(layers)
+        raise InputError(f"--layers {args.layers}: matches no linear layer; there are {names:.200}")
+    if args.method == "sparse" and args.scope == "global" and round(args.density * sum(weights)) == 0:
+        raise InputError(f"--density {args.density}: keeps none of {sum(weights):,} weights")
+    if args.seq_len > config.block_size:
+        raise InputError(f"--seq-len {args.seq_len}: the model's context has {config.block_size} tokens")

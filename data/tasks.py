@@ -31,7 +31,7 @@ def format_prompt(text, tokenizer, like):
 
 
 def answer(model, questions, tokenizer, batch_size, progress=None):
-    """Let the model answer `questions` (of `Examples.questions`) greedily; returns a mark for each, see `mark`.
+    """Let the model answer `questions` (of `Examples.questions`) greedily; returns the `mark` of each.
 
     An answer may have twice as many tokens as the right one, and eight. progress(done, total) is called
     after every batch. Marks of parts of the questions are those of all when put together.
