@@ -1,10 +1,12 @@
 """Examples that are not a corpus: one's own .jsonl and .txt files, and the tasks of reasoning-gym."""
 
 import codecs
-import contextlib
 import difflib
-import io
 import itertools
+import json
+import os
+import subprocess
+import sys
 
 import torch
 
@@ -13,7 +15,13 @@ from data.files import InputError, parse_json
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # what ends a document, by family
 TURN = ("<|im_start|>", "<|im_end|>")  # ChatML's tokens around a turn
 SHAPES = "text, prompt and completion, or (if the tokenizer knows ChatML) messages of role and content"
-QUESTIONS = 4000  # that a task of reasoning-gym makes
+MAKE_QUESTIONS = """
+import contextlib, json, sys
+import reasoning_gym
+with contextlib.redirect_stdout(sys.stderr):  # some tasks print while they work
+    rows = list(reasoning_gym.create_dataset(sys.argv[1], size=4000, seed=0))
+json.dump([(row["question"], row["metadata"].get("answer_cot", row["answer"])) for row in rows], sys.stdout)
+"""
 
 
 def end_token(tokenizer):
@@ -61,22 +69,22 @@ def make_questions(task):
 
     The answer is the worked solution where the task has one (`gsm_symbolic`, which ends it in "#### number").
     When these are split, what the splits may share are templates: problems of which each question has other
-    names and numbers.
+    names and numbers. They are made in a process of its own with a fixed hash seed, since some tasks go
+    through sets of strings: every run, and every process of a run, has the same questions.
     """
     try:
         import reasoning_gym
-        from reasoning_gym.factory import DATASETS
     except ImportError:
         raise InputError(f"--data gym:{task} takes a package: pip install reasoning-gym") from None
-    if task not in DATASETS:
-        near = difflib.get_close_matches(task, DATASETS) or sorted(DATASETS)
-        raise InputError(f"reasoning-gym has no task {task!r}: is it one of {', '.join(near)}?")
-    with contextlib.redirect_stdout(io.StringIO()):  # a few tasks print while they work
-        try:
-            rows = list(reasoning_gym.create_dataset(task, size=QUESTIONS, seed=0))
-        except AssertionError as error:  # `composite` is to be told what of
-            raise InputError(f"gym:{task} cannot be made: {error}") from None
-    answers = {row["question"] + "\n": row["metadata"].get("answer_cot", row["answer"]) for row in rows}
+    known = reasoning_gym.factory.DATASETS
+    if task not in known:
+        near = difflib.get_close_matches(task, known) or sorted(known)
+        raise InputError(f"reasoning-gym has no task {task!r}; is it {', '.join(near)}?")
+    command = [sys.executable, "-c", MAKE_QUESTIONS, task]
+    made = subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": "0"}, capture_output=True, text=True)
+    if made.returncode:
+        raise InputError(f"gym:{task} cannot be made: {made.stderr.strip().splitlines()[-1]}")
+    answers = {question + "\n": answer for question, answer in json.loads(made.stdout)}
     records = [{"prompt": prompt, "completion": text} for prompt, text in answers.items() if text]
     if not records:
         raise InputError(f"gym:{task} has no answers to learn: many are right, and it only checks them")

@@ -67,7 +67,7 @@ def main(argv=None):
         figure = draw({run: read_log(run) for run in args.runs}, args.out)
     except (OSError, ValueError) as error:
         sys.exit(f"curves.py: error: {error}")
-    print(f"{args.out}: {len(args.runs)} runs")
+    print(args.out)
     return figure
 
 
