@@ -12,6 +12,7 @@ from data.corpus import load_corpus
 from data.files import InputError
 from data.records import encode_record, end_token, make_questions, read_records
 
+CORPORA = ("prose", "stdlib")
 TENTHS = ("train",) * 8 + ("val", "test")  # where each of ten examples in a row belongs
 BEGINNING = 16  # tokens of a text that a model is shown to go on from
 
@@ -71,7 +72,7 @@ class Examples:
         return sorted(pairs, key=lambda pair: len(pair[0]))
 
     def beginnings(self, count):
-        """What `count` samples, evenly spread, begin with, as lists of ids: prompts, or texts' first words.
+        """What `count` samples, evenly spread, begin with, as lists of ids: a prompt, or words of a text.
 
         A prompt holds nothing of its answer, and a text's beginning is at most half of it.
         """
@@ -117,7 +118,7 @@ def load_examples(name, tokenizer, seq_len, device="cpu", only=("train", "val", 
     and "test". val: a file to validate on instead, and to test on if there are fewer than ten examples.
     Raises InputError for what cannot be used.
     """
-    splits = _split_corpus(name) if name in ("prose", "stdlib") else _split_tenths(name, has_val=bool(val))
+    splits = _split_corpus(name) if name in CORPORA else _split_tenths(name, has_val=bool(val))
     if val:
         train, held_out = splits["train"], _read(val)
         splits["train"] = train._replace(documents=train.documents + splits["val"].documents)
@@ -142,8 +143,8 @@ def _split_tenths(name, has_val):
     """{split: Part} of what is not split by its nature."""
     whole = _read(name)
     if len(whole.documents) < len(TENTHS) and not has_val:
-        raise InputError(f"{whole}: too few to hold a tenth each out for validation and test; "
-                         "give ten or more, or another file by --val, which then serves as both")  # fmt: skip
+        hint = "give ten or more, or another file with --val, which then serves as both"
+        raise InputError(f"{whole}: too few to hold a tenth each out for validation and test; {hint}")
     splits = {split: whole._replace(documents=[]) for split in TENTHS}
     for place, document in enumerate(whole.documents):
         splits[TENTHS[place % len(TENTHS)]].documents.append(document)
@@ -194,7 +195,8 @@ def _pad(part, tokenizer, seq_len, device):
 def _opening(records):
     """The system's messages that all chats among the records begin with; None if there are no chats."""
     chats = [record["messages"] for record in records if record.get("messages")]
-    is_system = lambda message: message["role"] == "system"  # noqa: E731
-    openings = [list(itertools.takewhile(is_system, chat)) for chat in chats]
+    openings = []
+    for chat in chats:
+        openings.append(list(itertools.takewhile(lambda message: message["role"] == "system", chat)))
     alike = all(opening == openings[0] for opening in openings)
     return (openings[0] if alike else []) if openings else None

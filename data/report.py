@@ -3,7 +3,7 @@
 import torch
 
 from data.processes import Progress, gather, share, show
-from data.tasks import accuracy, answer, format_prompt, stop_tokens
+from data.tasks import accuracy, answer, format_prompt, in_words, stop_tokens
 
 SAMPLES, SAMPLE_TOKENS = 3, 48
 
@@ -49,9 +49,7 @@ class Report:
         found = accuracy([mark for theirs in gather(marks) for mark in theirs])
         if found is None:
             return {}
-        readings = [f"{found[name]:.1%} ± {found[f'{name}_error']:.1%} {name}" for name in found
-                    if f"{name}_error" in found]  # fmt: skip
-        show(f"accuracy {when}: {', '.join(readings)}, of {found['examples']} answers")
+        show(f"accuracy {when}: {in_words(found)}")
         return {f"accuracy_{when}": found}
 
     def samples(self, model, when):

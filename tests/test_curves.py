@@ -46,7 +46,8 @@ def test_every_run_is_drawn_with_its_own_numbers(tmp_path, steps):
 
 
 @pytest.mark.parametrize(("content", "named"), (
-    (None, "log.jsonl"), (b"", "no log"), (b'{"step": 1}\n', "no log"), (b'{"step": 1, "loss": 2}\n{"st', "line 2"),
+    (None, "log.jsonl"), (b"", "no log"), (b'{"step": 1}\n', "no log"),
+    (b'{"step": 1, "loss": 2}\n{"st', "line 2"),
 ))  # fmt: skip
 def test_what_is_no_run_is_named(tmp_path, content, named):
     if content is not None:

@@ -67,7 +67,8 @@ def test_a_rule_is_learned_from_two_hundred_prompts_and_used_from_the_command_li
     assert data.accuracy(data.answer(model, test.questions(64), tokenizer, 32))["exact"] > 0.8
 
     command = [sys.executable, str(ROOT / "train.py"), "--data", str(rule), *FLAGS, "--method", "none",
-               "--adapter", str(out / "adapter.pt"), "--prompt", new[0], "--out", str(tmp_path / "other")]  # fmt: skip
+               "--adapter", str(out / "adapter.pt"), "--prompt", new[0],
+               "--out", str(tmp_path / "other")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     right, said = answers_in(re.findall("^sample.*", done.stdout, re.M))[-1]
     assert right == said

@@ -34,13 +34,15 @@ def load(path, records, tokenizer):
 
 def test_a_question_is_what_stands_before_the_answer(tmp_path):
     tokenizer = chat_tokenizer(tmp_path)
-    records = [{"prompt": "What is it? ", "completion": "it is the best"}, chat("in", "here"), {"text": "a text"},
-               chat("in the", "one", "is it", "at ease", system="Be."), chat("a", "b", "and the user has it")]
+    records = [{"prompt": "What is it? ", "completion": "it is the best"}, {"text": "a text"}]
+    records += [chat("in", "here"), chat("in the", "one", "is it", "at ease", system="Be.")]
+    records += [chat("a", "b", "and the user has it")]
     rendered = {
         "<|endoftext|>What is it? ": "it is the best",
         "<|im_start|>user\nin<|im_end|>\n<|im_start|>assistant\n": "here",
-        "<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user\nin the<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n"
-        "<|im_start|>user\nis it<|im_end|>\n<|im_start|>assistant\n": "at ease",
+        "<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user\nin the<|im_end|>\n"
+        "<|im_start|>assistant\none<|im_end|>\n<|im_start|>user\nis it<|im_end|>\n"
+        "<|im_start|>assistant\n": "at ease",
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n": "b",
     }  # fmt: skip
     examples = load(tmp_path / "a.jsonl", records, tokenizer)
@@ -70,8 +72,10 @@ def test_a_beginning_never_holds_anything_to_learn(tmp_path, seed):
     chance = random.Random(seed)
     tokenizer = chat_tokenizer(tmp_path)
     some = lambda least=1: " ".join(chance.choices(WORDS, k=chance.randint(least, 40)))  # noqa: E731
-    records = [chance.choice(({"prompt": some(0), "completion": some()}, chat(some(), some()), {"text": some()}))
-               for _ in range(40)]  # fmt: skip
+    records = []
+    for _ in range(40):
+        forms = {"prompt": some(0), "completion": some()}, chat(some(), some()), {"text": some()}
+        records.append(chance.choice(forms))
     examples = load(tmp_path / "a.jsonl", records, tokenizer)
     assert len(examples) == 40
     for record, ids, (inputs, targets) in zip(records, examples.beginnings(40), examples.samples):
@@ -87,7 +91,8 @@ def test_a_prompt_takes_the_form_of_the_data(tmp_path):
     forms = {
         "<|endoftext|>is it": [{"text": "in"}],
         "<|endoftext|>is it ": [{"prompt": "in", "completion": "it"}],
-        "<|im_start|>user\nis it<|im_end|>\n<|im_start|>assistant\n": [chat("in", "it"), chat("a", "b", system="Be.")],
+        "<|im_start|>user\nis it<|im_end|>\n<|im_start|>assistant\n": [
+            chat("a", "b", system="Be."), chat("in", "it")],
         "<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user\nis it<|im_end|>\n<|im_start|>assistant\n": [
             chat("in", "it", "and", "more", system="Be."), chat("a", "b", system="Be.")],
     }  # fmt: skip
@@ -124,27 +129,27 @@ def test_answers_are_marked_whatever_the_batches_and_the_parts(tmp_path):
     questions = load(tmp_path / "a.jsonl", PAIRS, tokenizer).questions(30)
     lines = {}
     for n, (prompt, right) in enumerate(questions):
-        said = [right, tokenizer.encode_ordinary(f" {tokenizer.decode(right)}\n"), right[:-1], right * 2][n % 4]
-        lines[tuple(prompt)] = said
+        spaced = tokenizer.encode_ordinary(f" {tokenizer.decode(right)}\n")
+        lines[tuple(prompt)] = [right, spaced, right[:-1], right * 2][n % 4]
     wanted = [{"exact": n % 4 < 2} for n in range(30)]
     for size in (1, 4, 99):
         seen = []
-        marks = data.answer(Parrot(lines), questions, tokenizer, size, lambda *counts: seen.append(counts))
+        progress = lambda done, total: seen.append((done, total))  # noqa: E731
+        marks = data.answer(Parrot(lines), questions, tokenizer, size, progress)
         assert marks == wanted
         assert seen == [(min(done, 30), 30) for done in range(size, 30 + size, size)]
         parts = [data.answer(Parrot(lines), questions[rank::3], tokenizer, size) for rank in range(3)]
         assert data.accuracy(sum(parts, [])) == data.accuracy(wanted)
-    found = data.accuracy(wanted)
-    assert found == {"examples": 30, "exact": 16 / 30, "exact_error": pytest.approx(math.sqrt(16 * 14 / 30**3))}
+    error = pytest.approx(math.sqrt(16 * 14 / 30**3))
+    assert data.accuracy(wanted) == {"examples": 30, "exact": 16 / 30, "exact_error": error}
 
 
 def test_an_answer_has_room_for_twice_the_right_one_in_every_batch(tmp_path):
     tokenizer = data.load_tokenizer("base")
     right = tokenizer.encode_ordinary("one\n#### 7")
     questions = [([1], right), ([2], right * 9)]
-    late = [100] * (2 * len(right) + 8 - 1)  # the last token is the first word of what follows
-    lines = {(1,): late + tokenizer.encode_ordinary("7") * 50, (2,): right * 9}
-    assert tokenizer.encode_ordinary("7") * 2 != tokenizer.encode_ordinary("77")
+    (seven,) = tokenizer.encode_ordinary("7")
+    lines = {(1,): [100] * (2 * len(right) + 8 - 1) + [seven] * 50, (2,): right * 9}  # one 7 has room
     for size in (1, 2):
         first, second = data.answer(Parrot(lines), questions, tokenizer, size)
         assert first == {"exact": False, "strict": False, "flexible": True} and second["exact"]
@@ -152,7 +157,7 @@ def test_an_answer_has_room_for_twice_the_right_one_in_every_batch(tmp_path):
 
 def test_a_model_answers_as_if_each_question_stood_alone(tmp_path):
     tokenizer, model = data.load_tokenizer("base"), GPT.from_pretrained("base")
-    prompts = ["def main(", "import os\nimport s", "x = [1, 2, ", "class Foo:\n    def __init__(", "for i in "]
+    prompts = ["def main(", "import os\nimport s", "x = [1, 2, ", "class Foo:\n    def __init__("]
     said = []
     for prompt in prompts:  # what the model says is made the right answer of every other question
         ids = [data.end_token(tokenizer), *tokenizer.encode_ordinary(prompt)]
@@ -161,7 +166,7 @@ def test_a_model_answers_as_if_each_question_stood_alone(tmp_path):
         said.append(tokenizer.decode(ids[-5:]))
     rights = [text if n % 2 else "no" for n, text in enumerate(said)]
     records = [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, rights)]
-    questions = load(tmp_path / "a.jsonl", records, tokenizer).questions(5)
+    questions = load(tmp_path / "a.jsonl", records, tokenizer).questions(4)
     order = [prompts.index(tokenizer.decode(ids[1:])) for ids, _ in questions]
 
     class Brief:
@@ -170,7 +175,7 @@ def test_a_model_answers_as_if_each_question_stood_alone(tmp_path):
         def complete(self, prompts, max_new_tokens, stop, batch_size):
             return model.complete(prompts, 5, stop, batch_size)
 
-    for size in (1, 3, 5):
+    for size in (1, 3, 4):
         marks = data.answer(Brief(), questions, tokenizer, size)
         assert [found["exact"] for found in marks] == [n % 2 == 1 for n in order]
 
@@ -212,12 +217,16 @@ def test_the_readings_of_worked_solutions_are_shares_of_these():
     marks = [mark("I say 1", "1\n#### 1"), mark("#### 2", "#### 2"), mark("#### 4", "#### 3"), mark("x", "x"),
              mark("three\n#### 4.0", "#### 4")]  # fmt: skip
     found = data.accuracy(marks)
-    assert list(found) == ["examples", "exact", "exact_error", "strict", "strict_error", "flexible", "flexible_error"]
+    measured = {reading + kind for reading in ("exact", "strict", "flexible") for kind in ("", "_error")}
+    assert found.keys() == measured | {"examples"}
     assert (found["examples"], found["exact"], found["strict"], found["flexible"]) == (5, 0.4, 0.5, 0.75)
     for reading, count in (("exact", 5), ("strict", 4), ("flexible", 4)):
         share = found[reading]
         assert found[f"{reading}_error"] == pytest.approx(math.sqrt(share * (1 - share) / count))
     assert json.loads(json.dumps(found)) == found
+    shares = "exact 40.0% ± 21.9%, strict 50.0% ± 25.0%, flexible 75.0% ± 21.7%"
+    assert data.in_words(found) == f"{shares} of 5 answers"
+    assert data.in_words(data.accuracy(marks[3:4])) == "exact 100.0% ± 0.0% of 1 answers"
 
 
 @pytest.mark.parametrize("name", ("gsm", "gym:coin_flip", "gym:bf"))
