@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from data.families import FAMILIES, gpt_config
+from data.config import gpt_config
+from data.families import FAMILIES
 from data.files import InputError, find, read_json, write_file, write_json
 from data.gguf import GGUF_NAMES, gguf_fields, open_gguf
 from data.safetensors import open_safetensors, safetensors_bytes

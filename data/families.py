@@ -3,31 +3,59 @@
 Source: the documentation of the transformers library, for each family's config.json and its defaults.
 """
 
-import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from data.files import InputError, one_of, read_field
-from model import GPTConfig
+from data.files import read_field
 
 
 @dataclass
 class Family:
     """The checkpoints of one model_type in the hub layout.
 
-    fields: GPTConfig's field -> (config.json's, its kind, what a missing one stands for; ... where it must
-    not be missing). names: model.py's module -> the stored one, {} being a block's number. switches: the
-    GPTConfig fields that are the same in all of the family's checkpoints. only: fields of a config.json with
-    the one value that model.py implements. rotary: positions are rotated, with settings of their own.
-    transposed: a block's matrices are stored (in, out). first_position: the row of the learned position 0.
+    fields: GPTConfig's field -> (config.json's, its kind, what null or a missing one stands for; ... where
+    that is refused). names: model.py's module -> the stored one, {} being a block's number. switches: the
+    GPTConfig fields that are the same in all of the family's checkpoints, whatever a config says. missing:
+    fields of a config.json that are not null where they are missing. only: fields with the one value that
+    model.py implements. local: a function (path, fields, layers) that tells of every layer whether it has a
+    sliding window, where the config has no `layer_types`; None: no layer has one. rope_theta: the default
+    base of rotary positions, None: positions are learned. rope_local_theta: the same for layers with a
+    window, where theirs is another. transposed: a block's matrices are stored (in, out). first_position: the
+    row of the learned position 0.
     """
 
     fields: dict
     names: dict
     switches: dict = field(default_factory=dict)
+    missing: dict = field(default_factory=dict)
     only: dict = field(default_factory=dict)
-    rotary: bool = True
+    local: Callable | None = None
+    rope_theta: float | None = 10000.0
+    rope_local_theta: float | None = None
     transposed: bool = False
     first_position: int = 0
+
+
+def everywhere(path, fields, layers):
+    """Mistral's layers with a sliding window."""
+    return [True] * layers
+
+
+def in_the_last(path, fields, layers):
+    """Qwen's: those from `max_window_layers` on, if a window is used at all."""
+    first = read_field(path, {"max_window_layers": 28, **fields}, "max_window_layers", int, zero=True)
+    return [layer >= first for layer in range(layers)]
+
+
+def in_every_other(path, fields, layers):
+    """Gemma 2's: the first, the third, ..."""
+    return [layer % 2 == 0 for layer in range(layers)]
+
+
+def but_in_every_sixth(path, fields, layers):
+    """Gemma 3's: all but every sixth, or what the config says."""
+    pattern = read_field(path, fields, "sliding_window_pattern", int, 6)
+    return [(layer + 1) % pattern != 0 for layer in range(layers)]
 
 
 GPT2 = Family(
@@ -61,7 +89,7 @@ GPT2 = Family(
         "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False,
     },
-    rotary=False,
+    rope_theta=None,
     transposed=True,
 )
 OPT = Family(
@@ -77,9 +105,12 @@ OPT = Family(
         "out_bias": ("enable_bias", bool, True),
         "mlp_bias": ("enable_bias", bool, True),
         "tied_head": ("tie_word_embeddings", bool, True),
+        "n_wte": ("word_embed_proj_dim", int, None),
+        "pre_norm": ("do_layer_norm_before", bool, True),
     },
     names={
         "wte": "model.decoder.embed_tokens",
+        "proj_in": "model.decoder.project_in",
         "wpe": "model.decoder.embed_positions",
         "norm1": "model.decoder.layers.{}.self_attn_layer_norm",
         "attn.q": "model.decoder.layers.{}.self_attn.q_proj",
@@ -90,14 +121,14 @@ OPT = Family(
         "mlp.up": "model.decoder.layers.{}.fc1",
         "mlp.down": "model.decoder.layers.{}.fc2",
         "norm": "model.decoder.final_layer_norm",
+        "proj_out": "model.decoder.project_out",
         "head": "lm_head",
     },
     only={
-        "do_layer_norm_before": True,
         "_remove_final_layer_norm": False,
         "layer_norm_elementwise_affine": True,
     },
-    rotary=False,
+    rope_theta=None,
     first_position=2,
 )
 LLAMA = Family(
@@ -133,59 +164,69 @@ LLAMA = Family(
     },
     switches=dict(rms_norm=True, gated_mlp=True),
 )
-NO_BIAS = dict(qkv_bias=False, out_bias=False, mlp_bias=False)  # whatever the config says
+
 MISTRAL = Family(
-    fields={name: value for name, value in LLAMA.fields.items() if name not in NO_BIAS},
+    fields=LLAMA.fields,
     names=LLAMA.names,
-    switches=LLAMA.switches | NO_BIAS,
+    switches=LLAMA.switches | dict(qkv_bias=False, out_bias=False, mlp_bias=False),
+    missing={"sliding_window": 4096},
+    only={"layer_types": None, "use_sliding_window": True},
+    local=everywhere,
 )
 QWEN2 = Family(
     fields=MISTRAL.fields,
     names=LLAMA.names,
     switches=MISTRAL.switches | dict(qkv_bias=True),
+    missing={"sliding_window": 4096, "use_sliding_window": False},
+    local=in_the_last,
 )
-FAMILIES = {"gpt2": GPT2, "opt": OPT, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2}  # by model_type
-
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-def gpt_config(path, fields):
-    """The `GPTConfig` of a model with these `fields` of a config.json; `path` is for messages.
-
-    An option that would change the model's outputs and that model.py does not implement is a ValueError that
-    names it. Dropout acts in training alone, and there is none here. A sliding attention window is the same
-    as full attention up to its length: it limits `block_size`, with a warning.
-    """
-    kind = one_of(path, "model_type", fields.get("model_type"), FAMILIES)
-    family = FAMILIES[kind]
-    only = family.only | {"quantization_config": None, "partial_rotary_factor": 1.0}
-    for name, value in {**only, "word_embed_proj_dim": fields.get("hidden_size")}.items():
-        one_of(path, name, fields.get(name), (None, value))
-    config = dict(family.switches)
-    for name, (stored, kind_of, default) in family.fields.items():
-        config[name] = read_field(path, fields, stored, kind_of, *(() if default is ... else (default,)))
-    if family.rotary:
-        config["rope_theta"], config["rope_scaling"] = _read_rope(path, fields)
-    window, used = None, read_field(path, fields, "use_sliding_window", bool, False)
-    if kind == "mistral" or kind == "qwen2" and used:
-        # null says that there is no window; a missing field stands for the library's default
-        window = read_field(path, {"sliding_window": 4096, **fields}, "sliding_window", int, None)
-    for layer_type in read_field(path, fields, "layer_types", list, []):
-        one_of(path, "layer_types", layer_type, ("full_attention", window and "sliding_attention"))
-    if window is not None and window < config["block_size"]:
-        warnings.warn(f"{path}: sliding_window limits the context to {window} tokens", stacklevel=2)
-        config["block_size"] = window
-    return GPTConfig(**config)
-
-
-def _read_rope(path, fields):
-    """(rope_theta, rope_scaling) from `rope_parameters`, or the older `rope_theta` and `rope_scaling`."""
-    rope = {"rope_theta": fields.get("rope_theta")}
-    for name in ("rope_parameters", "rope_scaling"):
-        rope |= read_field(path, fields, name, dict, {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    names = LLAMA3_ROPE if one_of(path, "rope_type", kind, ("default", "llama3")) == "llama3" else ()
-    if surplus := sorted(rope.keys() - {*names, "rope_theta", "rope_type", "type"}):
-        raise InputError(f"{path}: the rope setting {surplus[0]!r:.100} is not supported")
-    scaling = {name: read_field(path, rope, name, float) for name in names} or None
-    return read_field(path, rope, "rope_theta", float, 10000.0), scaling
+HEAD_NORMS = {"attn.q_norm": "model.layers.{}.self_attn.q_norm", "attn.k_norm": "model.layers.{}.self_attn.k_norm"}
+QWEN3 = Family(
+    fields=LLAMA.fields | {"head_dim": ("head_dim", int, ...)},
+    names=LLAMA.names | HEAD_NORMS,
+    switches=LLAMA.switches | dict(mlp_bias=False, qk_norm=True),
+    missing={"sliding_window": 4096, "use_sliding_window": False},
+    local=in_the_last,
+)
+GEMMA2 = Family(
+    fields=LLAMA.fields
+    | {
+        "n_kv_head": ("num_key_value_heads", int, ...),
+        "head_dim": ("head_dim", int, ...),
+        "activation": ("hidden_activation", str, "gelu_pytorch_tanh"),
+        "tied_head": ("tie_word_embeddings", bool, True),
+        "query_scalar": ("query_pre_attn_scalar", float, ...),
+        "attn_cap": ("attn_logit_softcapping", float, None),
+        "logit_cap": ("final_logit_softcapping", float, None),
+    },
+    names=LLAMA.names
+    | {
+        "norm1_out": "model.layers.{}.post_attention_layernorm",
+        "norm2": "model.layers.{}.pre_feedforward_layernorm",
+        "norm2_out": "model.layers.{}.post_feedforward_layernorm",
+    },
+    switches=LLAMA.switches | dict(mlp_bias=False, norm_offset=True, out_norms=True, scale_wte=True),
+    missing={"sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    only={"use_bidirectional_attention": False, "use_sliding_window": True},
+    local=in_every_other,
+)
+GEMMA3 = Family(
+    fields=GEMMA2.fields,
+    names=GEMMA2.names | HEAD_NORMS,
+    switches=GEMMA2.switches | dict(qk_norm=True),
+    missing={"sliding_window": 4096},
+    only=GEMMA2.only,
+    local=but_in_every_sixth,
+    rope_theta=1000000.0,
+    rope_local_theta=10000.0,
+)
+FAMILIES = {  # by model_type
+    "gpt2": GPT2,
+    "opt": OPT,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+}

@@ -95,10 +95,11 @@ def parse_json(path, content):
     return value
 
 
-def read_field(path, fields, name, kind, *default):
-    """The field `name` of the settings in `path` as a `kind`; null counts as missing; a number is above 0.
+def read_field(path, fields, name, kind, *default, zero=False):
+    """The field `name` of the settings in `path` as a `kind`; null counts as missing.
 
-    Raises InputError, naming the field, if it is missing without a default, of another kind or out of range.
+    A number is above 0, or 0 if `zero` allows it. Raises InputError, naming the field, if it is missing
+    without a default, of another kind or out of range.
     """
     value = fields.get(name)
     if value is None and default:
@@ -106,7 +107,7 @@ def read_field(path, fields, name, kind, *default):
     if value is None:
         raise InputError(f"{path}: the field {name} is missing")
     right = type(value) is kind or kind is float and type(value) is int
-    if not right or kind in LARGEST and not 0 < value <= LARGEST[kind]:
+    if not right or kind in LARGEST and not (0 < value <= LARGEST[kind] or zero and value == 0):
         raise InputError(f"{path}: {name} = {value!r:.100} cannot be used")
     return kind(value)
 
@@ -114,7 +115,7 @@ def read_field(path, fields, name, kind, *default):
 def one_of(path, name, value, known):
     """`value`, if it is one of `known`; else an InputError that names it."""
     if not any(type(value) is type(one) and value == one for one in known):
-        known = ", ".join(map(str, known))
+        known = ", ".join(map(str, dict.fromkeys(known)))
         raise InputError(f"{path}: {name} = {value!r:.100} is not supported, only {known}")
     return value
 
