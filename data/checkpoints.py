@@ -16,6 +16,7 @@ from model import GPT
 # Masks and constants that are stored among the weights.
 NON_WEIGHTS = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq")
 PREFIX = re.compile(r"(transformer|model)\.")  # files may leave it out
+DTYPE_FIELDS = ("dtype", "torch_dtype")  # of a config.json: as transformers 5 and earlier ones call it
 
 
 def load_model(name, dtype=torch.float32):
@@ -111,9 +112,11 @@ def _rearrange(family, name, tensor, back=False):
 def write_checkpoint(folder, source, tensors, dtype):
     """Write a model in the hub layout: `tensors` {model.py's name: tensor} as `dtype`.
 
-    Settings and tokenizer are those of `source`, a model of the same shape, as `find` reads it.
+    Settings, tokenizer and what a folder says about generation are those of `source`, a model of the same
+    shape, as `find` reads it.
     """
-    described = read_fields(find(source)) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    path, kept = find(source), "generation_config.json"
+    described = read_fields(path) | dict.fromkeys(DTYPE_FIELDS, str(dtype).removeprefix("torch."))
     family = FAMILIES[described["model_type"]]
     parts = {}  # stored name -> its pieces: q, k and v where the family fuses them
     for name, tensor in tensors.items():
@@ -125,4 +128,6 @@ def write_checkpoint(folder, source, tensors, dtype):
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "model.safetensors", safetensors_bytes(stored, dtype))
     write_json(folder / "config.json", described)
+    if (path / kept).is_file():
+        write_file(folder / kept, (path / kept).read_bytes())
     write_tokenizer(folder, source)

@@ -213,9 +213,9 @@ GEMMA2 = Family(
 GEMMA3 = Family(
     fields=GEMMA2.fields,
     names=GEMMA2.names | HEAD_NORMS,
-    switches=GEMMA2.switches | dict(qk_norm=True),
+    switches=GEMMA2.switches | dict(qk_norm=True, attn_cap=None),
     missing={"sliding_window": 4096},
-    only=GEMMA2.only,
+    only=GEMMA2.only | {"attn_logit_softcapping": None},
     local=but_in_every_sixth,
     rope_theta=1000000.0,
     rope_local_theta=10000.0,
