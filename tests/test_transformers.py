@@ -89,8 +89,9 @@ def test_the_same_logits_and_the_same_continuation_past_every_window(kind, seed,
     ids = torch.randint(0, TOKENS, (2, CONTEXT))
     expected = logits_of(theirs, ids)
     torch.testing.assert_close(logits_of(ours, ids), expected, rtol=1e-5, atol=1e-5)
-    continued = theirs.generate(ids[:, :4], max_new_tokens=CONTEXT - 4, do_sample=False, pad_token_id=0)
-    assert torch.equal(ours.generate(ids[:, :4], CONTEXT - 4), continued)
+    prompt, how = ids[:, :4], dict(max_new_tokens=CONTEXT - 4, do_sample=False, pad_token_id=0)
+    continued = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **how)
+    assert torch.equal(ours.generate(prompt, CONTEXT - 4), continued)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
