@@ -5,6 +5,7 @@ github.com/ggml-org/llama.cpp takes it. Nothing that a file says about itself is
 """
 
 import functools
+import math
 import mmap
 import struct
 
@@ -168,6 +169,8 @@ def _load(path, config, turned, name, shape, kind, position):
     try:
         kind = gguf.GGMLQuantizationType(kind)
         rows = gguf.quant_shape_to_byte_shape(shape, kind)
+        if position + math.prod(rows) > path.stat().st_size:
+            raise ValueError("it ends outside the file")
         stored = np.memmap(path, dtype=np.uint8, mode="c", offset=position, shape=rows)
         tensor = torch.from_numpy(gguf.dequantize(stored, kind))
         if config.norm_offset and name.endswith("norm.weight"):
