@@ -41,7 +41,7 @@ class GPTConfig:
     norm_offset: bool = False  # an RMSNorm's gain is 1 + its weight
     pre_norm: bool = True  # attention and MLP read a norm's output, else a norm follows each residual sum
     out_norms: bool = False  # what attention and MLP return goes through a norm, too
-    qk_norm: bool = False  # an RMSNorm over every head's queries and keys
+    qk_norm: bool = False  # a norm over every head's queries and keys
     qkv_bias: bool = True
     out_bias: bool = True  # of the attention's output projection
     mlp_bias: bool = True

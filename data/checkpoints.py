@@ -58,6 +58,8 @@ def _open_folder(folder):
             raise InputError(f"{shard}: tensor {twice[0]!r:.100} stands in another file, too")
         stored |= tensors
     return {name: load for name, load in stored.items() if not NON_WEIGHTS.fullmatch(name)}
+
+
 def _read_weights(path, family, stored, shapes, dtype):
     """The tensors {name: tensor} for `shapes` {name: shape}, by model.py's names, as `dtype` on the CPU.
 

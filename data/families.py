@@ -180,7 +180,10 @@ QWEN2 = Family(
     missing={"sliding_window": 4096, "use_sliding_window": False},
     local=in_the_last,
 )
-HEAD_NORMS = {"attn.q_norm": "model.layers.{}.self_attn.q_norm", "attn.k_norm": "model.layers.{}.self_attn.k_norm"}
+HEAD_NORMS = {
+    "attn.q_norm": "model.layers.{}.self_attn.q_norm",
+    "attn.k_norm": "model.layers.{}.self_attn.k_norm",
+}
 QWEN3 = Family(
     fields=LLAMA.fields | {"head_dim": ("head_dim", int, ...)},
     names=LLAMA.names | HEAD_NORMS,

@@ -1,4 +1,4 @@
-"""GGUF files: their settings in the words of a config.json, and their tensors, dequantised by the package gguf.
+"""GGUF files: their settings in the words of a config.json, and their tensors, by way of the package gguf.
 
 Sources: github.com/ggml-org/ggml/blob/master/docs/gguf.md for the format; what a file leaves out is as
 github.com/ggml-org/llama.cpp takes it. Nothing that a file says about itself is trusted.
@@ -90,12 +90,14 @@ class _Header:
             return self.text()
         if kind == ARRAY:
             inner, count = *self.numbers("I"), *self.numbers("Q")
-            return [self.text() for _ in range(count)] if inner == STRING else self.numbers(SCALARS[inner], count)
+            if inner == STRING:
+                return [self.text() for _ in range(count)]
+            return self.numbers(SCALARS[inner], count)
         return self.numbers(SCALARS[kind])[0]
 
 
 def read_gguf(path):
-    """({key: value}, {name: (shape, number of its quantisation, position)}) of a GGUF file, else InputError."""
+    """({key: value}, {tensor: (shape, number of its type, position)}) of a GGUF file, else InputError."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return _read_header(_Header(content))
@@ -158,7 +160,8 @@ def open_gguf(path, config):
     """
     values, tensors = read_gguf(path)
     turned = values["general.architecture"] == "llama"
-    return {name: functools.partial(_load, path, config, turned, name, *place) for name, place in tensors.items()}
+    load = functools.partial(_load, path, config, turned)
+    return {name: functools.partial(load, name, *found) for name, found in tensors.items()}
 
 
 def _load(path, config, turned, name, shape, kind, position):

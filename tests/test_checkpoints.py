@@ -7,7 +7,7 @@ import torch
 from hub import MODELS, logits_of, weights_of, write
 
 import data
-from data.files import InputError
+from data.files import InputError, find
 
 
 def test_names_without_the_prefix(tmp_path):
@@ -94,3 +94,19 @@ def test_folders_without_a_model(tmp_path):
         (tmp_path / "config.json").write_bytes(broken)
         with pytest.raises(InputError, match="config.json"):
             data.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("named", ({}, {"dtype": "float32"}, {"torch_dtype": "float32"}))
+def test_the_type_that_was_written_is_the_type_that_is_named(named, tmp_path):
+    """Under both names: that of transformers 5 and the older one."""
+    config, weights = MODELS["qwen3"]["config"] | named, weights_of("qwen3")
+    (tmp_path / "a").mkdir()
+    source = write(tmp_path / "a", config, weights)
+    (source / "tokenizer.json").write_bytes((find("base") / "tokenizer.json").read_bytes())
+    data.write_checkpoint(tmp_path / "b", source, data.load_model(source).state_dict(), torch.bfloat16)
+    described = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert described == config | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    assert not (tmp_path / "b" / "generation_config.json").exists()
+    (source / "generation_config.json").write_bytes(b'{"top_k": 64}')
+    data.write_checkpoint(tmp_path / "b", source, data.load_model(source).state_dict(), torch.bfloat16)
+    assert (tmp_path / "b" / "generation_config.json").read_bytes() == b'{"top_k": 64}'

@@ -61,7 +61,7 @@ def number(value):
 
 
 def interleaved(tensor, size):
-    """The rows of q or k as llama.cpp wants them for Llama: the pair (i, i + size/2) of a head side by side."""
+    """Rows of q or k as llama.cpp wants them for Llama: the pair (i, i + size/2) of a head side by side."""
     rows = []
     for head in range(len(tensor) // size):
         for i in range(size // 2):
@@ -220,8 +220,8 @@ def test_unsupported_gguf(key, pair, named, tmp_path):
 
 def test_files_that_are_no_gguf(tmp_path):
     whole = gguf_file(*small_gguf())
-    for content in (b"", b"GGUF", b"GGML" + whole[4:], whole[:4] + b"\1" + whole[5:], whole[:4][::-1] + whole[4:],
-                    whole[:4] + whole[4:8][::-1] + whole[8:]):  # fmt: skip
+    first_version, big_endian = whole[:4] + b"\1" + whole[5:], whole[:4] + whole[4:8][::-1] + whole[8:]
+    for content in (b"", b"GGUF", b"GGML" + whole[4:], first_version, big_endian):
         (tmp_path / "model.gguf").write_bytes(content)
         with pytest.raises(InputError, match="cannot be read as GGUF"):
             read_gguf(tmp_path / "model.gguf")
