@@ -4,15 +4,10 @@ import hashlib
 import importlib.util
 import io
 import json
-import math
 import os
-import platform
-import resource
 import tempfile
-import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 
 LARGEST = {int: 2**20, float: 1e12}  # of the numbers in a config: products of three sizes stay below 2^63
