@@ -8,9 +8,9 @@ import torch
 import torch.nn as nn
 
 from helpers import (
-    BAD_NAMES, DTYPES, LAYERS, Dense, assert_as_found, assert_near, assert_same_tensors, carrying,
-    corrected, linears, mlp, outputs, perturb, plain, random_index, random_masks, same_bits, snapshot,
-    train_steps, trained_mlp, weights_of)  # fmt: skip
+    BAD_NAMES, DTYPES, LAYERS, Dense, assert_as_found, assert_near, assert_same_adapters, assert_same_tensors,
+    carrying, corrected, linears, mlp, outputs, perturb, plain, random_index, random_masks, same_bits,
+    snapshot, train_steps, trained_mlp, weights_of)  # fmt: skip
 from speft import SparseLinear, adapter, load_adapter, merge, remask, sparsify
 
 
@@ -42,6 +42,21 @@ def test_sparsify_returns_the_non_empty_deltas_only():
     assert type(model[0]) is SparseLinear and model[0].delta.numel() == 0
     train_steps(model, [delta], 2, seed=0)
     assert_same_tensors({"0": model[0].weight}, {"0": mlp()[0].weight})
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["sparsify", "remask"])
+def test_a_mask_stays_what_it_was_when_the_callers_tensor_changes(again):
+    models = [mlp(), mlp()]
+    for model, changes in zip(models, (False, True)):
+        masks = {"0": torch.arange(20), "5": torch.arange(10)}
+        deltas = sparsify(model, masks)
+        deltas = remask(model, masks) if again else deltas
+        if changes:
+            for index in masks.values():
+                index += 5
+        train_steps(model, deltas, 2, seed=0)
+    assert_same_tensors(weights_of(models[1]), weights_of(models[0]))
+    assert_same_adapters(adapter(models[1]), adapter(models[0]))
 
 
 BAD_INDICES = {
@@ -85,9 +100,11 @@ def test_remask_keeps_the_outputs_and_starts_from_zero(dtype):
     model = mlp(dtype)
     perturb(sparsify(model, random_masks(model, layers=("0", "3"))))
     for layers in (("0", "3"), ("3", "5"), ("5",), ("0", "3", "5")):
-        before = outputs(model)
+        before, learned = outputs(model), weights_of(model)
         masks = random_masks(model, density=0.3, layers=layers)
         deltas = remask(model, masks)
+        for name, weight in learned.items():  # at once, before any forward pass
+            assert same_bits(model.get_submodule(name).weight, weight)
         assert same_bits(outputs(model), before)
         assert {id(d) for d in deltas} == {id(model.get_submodule(n).delta) for n in layers}
         trainable = [p for p in model.parameters() if p.requires_grad and p.numel()]
@@ -147,7 +164,7 @@ def test_over_many_remasks_base_and_correction_stay_exact(dtype, seed, forward_b
     assert same_bits(outputs(model), outputs(base))
 
 
-def test_small_corrections_add_up_over_remasks_of_a_bfloat16_model():
+def test_small_learned_add_up_over_remasks_of_a_bfloat16_model():
     model = nn.Sequential(nn.Linear(1, 1, bias=False, dtype=torch.bfloat16))
     model[0].weight.data.fill_(1.0)
     masks = {"0": torch.tensor([0])}
