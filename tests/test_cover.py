@@ -106,7 +106,7 @@ class Work(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         read, written = ([t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
                          for tree in ((args, kwargs), result))  # fmt: skip
-        if func.is_view or name in ("empty", "new_empty"):
+        if func.is_view or name in ("empty", "new_empty") or not any(t.numel() for t in written):
             return result
         if name == "index_select":
             read = [*written, args[2]]  # no more of it than is copied

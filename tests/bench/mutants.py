@@ -2,10 +2,11 @@
 
     python tests/bench/mutants.py                      # all functions; goes on where it was stopped
     python tests/bench/mutants.py select SparseLinear  # these functions, and these classes' methods
+    python tests/bench/mutants.py --file train.py --slow   # with the tests that are marked slow
     python tests/bench/mutants.py --report             # only print what is known
 
 Writes a row a mutant to --out and prints, a line a function, how many were killed, and every one that lived.
-A mutant lives if all fast tests pass. Some must: what they change, nobody can observe.
+A mutant lives if all these tests pass. Some must: what they change, nobody can observe.
 """
 
 import argparse
@@ -151,7 +152,7 @@ def mutants(file, chosen):
 # 2. Running the tests on one
 
 
-def child(copy, tests, log):
+def child(copy, tests, log, marked):
     """Run tests, up to the first failure, in a process group of its own; ends with pytest's exit code."""
     import pytest
 
@@ -159,14 +160,14 @@ def child(copy, tests, log):
     os.chdir(copy)
     sys.argv = ["pytest"]
     with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        code = pytest.main(["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests])
+        code = pytest.main(["-x", "-q", "-m", marked, "-p", "no:cacheprovider", *tests])
     os._exit(code)
 
 
-def failing(copy, tests, seconds):
+def failing(copy, tests, seconds, marked):
     """The first test, of these files or single tests, that fails in the copy; or what else ended them early."""
     log = copy / "printed"
-    process = multiprocessing.get_context("fork").Process(target=child, args=(copy, tests, log))
+    process = multiprocessing.get_context("fork").Process(target=child, args=(copy, tests, log, marked))
     process.start()
     process.join(seconds)
     in_time = not process.is_alive()
@@ -197,18 +198,18 @@ def put(copy, file, source):
     Path(importlib.util.cache_from_source(copy / file)).unlink(missing_ok=True)
 
 
-def time_limits(copy, names):
+def time_limits(copy, names, marked):
     """{file of tests: seconds after which it hangs}, from the time it takes as things are."""
     limits = {}
     for test in (f"tests/test_{name}.py" for name in names):
         start = time.time()
-        if failing(copy, [test], 600):
+        if failing(copy, [test], 900, marked):
             sys.exit(f"{test} fails without any change:\n" + (copy / "printed").read_text()[-3000:])
         limits[test] = 20 + 5 * (time.time() - start)
     return limits
 
 
-def try_all(files, chosen, out):
+def try_all(files, chosen, out, marked):
     """Run the tests on each mutant that has no row in `out` yet, and write its row."""
     preload()
     known = {key(row) for row in read(out)}
@@ -218,16 +219,16 @@ def try_all(files, chosen, out):
         shutil.copytree(ROOT, copy, ignore=ignored, symlinks=True)
         for file in files:
             waiting = [(row, source) for row, source in mutants(file, chosen) if key(row) not in known]
-            limits = time_limits(copy, TESTS[file]) if waiting else {}
+            limits = time_limits(copy, TESTS[file], marked) if waiting else {}
             killers = {row["function"]: Counter() for row, _ in waiting}
             for row, source in waiting:
                 put(copy, file, source)
                 start = time.time()
                 # Most mutants of a function fall to the tests that killed others of it.
                 first = [test for test, _ in killers[row["function"]].most_common(8)]
-                row["by"] = failing(copy, first, max(limits.values())) if first else None
+                row["by"] = failing(copy, first, max(limits.values()), marked) if first else None
                 for test in limits:
-                    row["by"] = row["by"] or failing(copy, [test], limits[test])
+                    row["by"] = row["by"] or failing(copy, [test], limits[test], marked)
                 killers[row["function"]].update([row["by"]] if "::" in (row["by"] or "") else [])
                 row["seconds"] = round(time.time() - start, 1)
                 rows.write(json.dumps(row) + "\n")
@@ -283,12 +284,13 @@ def main():
     parser.add_argument("functions", nargs="*", help="functions or classes (default: all)")
     parser.add_argument("--file", choices=TESTS, action="append", help="only of this file")
     parser.add_argument("--out", type=Path, default=ROOT / "out/mutants.jsonl", help="where the rows are")
+    parser.add_argument("--slow", action="store_true", help="run also the tests that are marked slow")
     parser.add_argument("--report", action="store_true", help="run nothing, print what is known")
     args = parser.parse_args()
     args.out.parent.mkdir(exist_ok=True)
     files = args.file or list(TESTS)
     if not args.report:
-        try_all(files, args.functions, args.out)
+        try_all(files, args.functions, args.out, "slow or not slow" if args.slow else "not slow")
     report(files, args.functions, read(args.out))
 
 
