@@ -4,9 +4,8 @@ from data.checkpoints import load_model, write_checkpoint
 from data.examples import Examples, load_examples
 from data.files import InputError, check_folder
 from data.processes import Progress, join_processes, leave_processes, processes, share, show
-from data.records import end_token
 from data.report import Report, mean_loss, show_mask, show_step
 from data.runs import environment, read_adapter, resume, write_adapter, write_progress, write_result
 from data.settings import FLAGS, MAY_CHANGE, check_fit, parse_args
 from data.tasks import accuracy, answer, format_prompt, stop_tokens
-from data.tokenizer import load_tokenizer, write_tokenizer
+from data.tokenizer import end_token, load_tokenizer, write_tokenizer

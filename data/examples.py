@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.corpus import load_corpus
 from data.files import InputError
-from data.records import encode_record, end_token, make_questions, read_records
+from data.records import encode_record, make_questions, read_records
+from data.tokenizer import end_token
 
 CORPORA = ("prose", "stdlib")
 TENTHS = ("train",) * 8 + ("val", "test")  # where each of ten examples in a row belongs

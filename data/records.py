@@ -11,8 +11,8 @@ import sys
 import torch
 
 from data.files import InputError, parse_json
+from data.tokenizer import end_token
 
-ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # what ends a document, by family
 TURN = ("<|im_start|>", "<|im_end|>")  # ChatML's tokens around a turn
 SHAPES = "text, prompt and completion, or (if the tokenizer knows ChatML) messages of role and content"
 MAKE_QUESTIONS = """
@@ -22,14 +22,6 @@ with contextlib.redirect_stdout(sys.stderr):  # some tasks print while they work
     rows = list(reasoning_gym.create_dataset(sys.argv[1], size=4000, seed=0))
 json.dump([(row["question"], row["metadata"].get("answer_cot", row["answer"])) for row in rows], sys.stdout)
 """
-
-
-def end_token(tokenizer):
-    """The id of the token that ends a document."""
-    for name in ENDS:
-        if name in tokenizer.special_tokens_set:
-            return tokenizer.encode_single_token(name)
-    raise InputError(f"{tokenizer.name}: the tokenizer has no token to end a document, like {ENDS[0]}")
 
 
 def read_records(path):

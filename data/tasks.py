@@ -3,7 +3,8 @@
 import re
 from decimal import Decimal
 
-from data.records import TURN, encode_record, end_token
+from data.records import TURN, encode_record
+from data.tokenizer import end_token
 
 READINGS = ("exact", "strict", "flexible")
 MARK = "#### "  # stands before the number that a worked solution ends in

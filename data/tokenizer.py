@@ -1,179 +1,228 @@
-"""Byte-level BPE tokenizers from disk, as a `tiktoken.Encoding`.
+"""BPE tokenizers, byte-level or SentencePiece's, as a `tiktoken.Encoding`.
 
 Source: the documentation of the tokenizers library, huggingface.co/docs/tokenizers, for what a tokenizer.json
-says; github.com/openai/gpt-2/blob/master/src/encoder.py for the byte alphabet and the first split pattern.
+says and in which order its parts are applied.
 """
 
+import functools
 import itertools
-import unicodedata
 
 import regex  # comes with tiktoken
 import tiktoken
+from tiktoken.core import raise_disallowed_special_token
 
-from data.files import InputError, find, one_of, read_json, write_json
-from data.gguf import read_gguf
+from data.bpe import byte_level, sentencepiece
+from data.files import InputError, find, one_of, write_file, write_json
+from data.splits import as_it_is, byte_pattern, flat_steps, nfc, normalizer, space_pattern, space_rule
+from data.vocabulary import describe
 
-# The split patterns of the pre-tokenizers ByteLevel, and Digits before ByteLevel: there white space before a
-# digit ends a piece, so that it is split as at the end of a text.
-BYTE_LEVEL = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-STEP = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-SPLITS = {"gpt-2": [STEP], "smollm": [{"type": "Digits", "individual_digits": True}, STEP]}  # by GGUF's names
-ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-# Vocabularies spell a byte as a printable character: itself, or the next free one from 256 on.
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-ALPHABET = {chr(byte): byte for byte in PRINTABLE}
-ALPHABET |= {chr(256 + i): byte for i, byte in enumerate(b for b in range(256) if b not in PRINTABLE)}
+LONGEST = 200_000  # characters of a text that tiktoken splits: its matcher gives up after a million steps
+# The tokens with a role, by the first name of each that a tokenizer has.
+BEGINS = ("<|begin_of_text|>", "<bos>", "<s>")
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>")
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
+PADS = ("<pad>", "<|finetune_right_pad_id|>")
+CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}  # of transformers: takes a tokenizer.json as it is
+UNKNOWN = "\ufffd".encode()  # a model may have more ids than its tokenizer
 
 
 class Encoding(tiktoken.Encoding):
-    """A `tiktoken.Encoding` whose ids need not be in the order of its merges, and which may normalise to NFC.
+    """A `tiktoken.Encoding` with what the tokenizers library does to a text before it is split and merged.
 
-    tokens: {bytes: id} in the order in which they are merged; specials: {name: id}. Decoding a text that was
-    normalised gives the normal form. As in tiktoken, specials are read from a text only where `encode` is
-    told to. An id of the vocabulary that no text is encoded as raises KeyError when decoded.
+    tokens: {bytes: ids they stand for, often one} in the order in which they are merged; meant: {id: bytes};
+    added: a tokenizer.json's added tokens; normal(text): its normal form; prepare(text, first): what is split
+    of a normal form, `first` if nothing is before it; padded: whether one of these puts a space in front; end:
+    the name of the token that ends a text, if the checkpoint says so.
+
+    As in tiktoken, special tokens are read from a text only where `encode` is told to. Other added tokens are
+    part of the vocabulary and always read. This is what the tokenizers library does with
+    `encode_special_tokens`, or without it where all special tokens are allowed. No token is ever put before
+    or after a text. Decoding gives the normal form of a text, without the space that was put in front.
     """
 
-    def __init__(self, name, pattern, tokens, specials, nfc):
-        # Some vocabularies lack a few control characters; tiktoken needs all bytes. These get no id.
-        tokens = tokens | {byte: None for byte in map(bytes, zip(range(256))) if byte not in tokens}
+    encode_to_numpy = encode_with_unstable = None  # tiktoken's would give ranks, not ids
+
+    def __init__(self, name, pattern, tokens, meant, added, normal, prepare, padded, end):
         ranks = {token: rank for rank, token in enumerate(tokens)}
-        numbered = {name: len(ranks) + i for i, name in enumerate(specials)}
-        super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=numbered)
-        self.ids = [*tokens.values(), *specials.values()]
-        self.ranks = {number: rank for rank, number in enumerate(self.ids) if number is not None}
-        self.normal = (lambda text: unicodedata.normalize("NFC", text)) if nfc else str
-        self._special_tokens, self._special_token_values = specials, set(specials.values())
+        super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.normal, self.prepare, self.padded, self.end = normal, prepare, padded, end
+        self.ids = list(tokens.values())
+        self.missing = b"".join(token for token, ids in tokens.items() if not ids)
+        self.added = {token["content"].encode(): token["id"] for token in added}
+        self.meant = {number: content for content, number in self.added.items()} | meant
+        self.max_token_value = max(self.meant)
+        self._special_tokens = {token["content"]: token["id"] for token in added if token["special"]}
+        self._special_token_values = set(self._special_tokens.values())
+        normalized = {normal(token["content"]): token["id"] for token in added if token.get("normalized")}
+        raw = {token["content"]: token["id"] for token in added if not token.get("normalized")}
+        self.stages = [(tokens, _any_of(tokens)) for tokens in (raw, normalized)]
 
     def encode_ordinary(self, text):
-        return self._numbers(super().encode_ordinary(self.normal(text)))
+        return self._encode(text, self._special_token_values)
 
-    def encode(self, text, **which):
-        return self._numbers(super().encode(self.normal(text), **which))
+    def encode(self, text, *, allowed_special=frozenset(), disallowed_special="all"):
+        allowed = self.special_tokens_set if allowed_special == "all" else set(allowed_special)
+        disallowed = self.special_tokens_set - allowed if disallowed_special == "all" else disallowed_special
+        for name in disallowed:
+            if name in text:
+                raise_disallowed_special_token(name)
+        plain = self.special_tokens_set - allowed
+        return self._encode(text, {self._special_tokens[name] for name in plain})
 
     def encode_single_token(self, text_or_bytes):
-        return self.ids[super().encode_single_token(text_or_bytes)]
+        token = text_or_bytes.encode() if isinstance(text_or_bytes, str) else text_or_bytes
+        if token in self.added:
+            return self.added[token]
+        ids = self.ids[super().encode_single_token(token)]
+        if len(ids) != 1:
+            raise KeyError(text_or_bytes)
+        return ids[0]
+
+    def decode_single_token_bytes(self, token):
+        return self.meant[token]
 
     def decode_bytes(self, tokens):
-        return super().decode_bytes([self.ranks[token] for token in tokens])
+        whole = b"".join(self.meant.get(token, UNKNOWN) for token in tokens)
+        return whole[1:] if self.padded and whole.startswith(b" ") else whole
 
     def decode(self, tokens, errors="replace"):
         return self.decode_bytes(tokens).decode(errors=errors)
 
-    def _numbers(self, ranks):
-        return [self.ids[rank] for rank in ranks if self.ids[rank] is not None]
+    def _encode(self, text, plain):
+        """The ids of `text`, in which the added tokens whose ids are in `plain` are text like any other."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken does
+        numbers = []
+        for before, token in _cut(text, *self.stages[0], plain):
+            for part, inner in _cut(self.normal(before), *self.stages[1], plain):
+                numbers += self._merge(self.prepare(part, not numbers)) + inner
+            numbers += token
+        return numbers
+
+    def _merge(self, text):
+        spelled = text.encode()
+        if len(text) < LONGEST and len(spelled.translate(None, self.missing)) == len(spelled):
+            ranks = super().encode_ordinary(text)
+        else:
+            # Bytes without a token vanish after the split; what was beside them may merge.
+            pieces = (piece.group().encode() for piece in self.splitter.finditer(text))
+            pieces = (piece.translate(None, self.missing) for piece in pieces)
+            ranks = itertools.chain.from_iterable(self._encode_single_piece(piece) for piece in pieces if piece)
+        return [number for rank in ranks for number in self.ids[rank]]
+
+    @functools.cached_property
+    def splitter(self):
+        return regex.compile(self._pat_str)
+
+
+def _any_of(names):
+    """A pattern for the longest of `names` at a place of a text."""
+    return regex.compile("|".join(map(regex.escape, sorted(names, key=len, reverse=True))))
+
+
+def _cut(text, tokens, pattern, plain):
+    """Cut `text` at the tokens {name: id} but those with ids in `plain`: pairs (text before it, [id] or [])."""
+    start = 0
+    if not plain.issuperset(tokens.values()):
+        for found in pattern.finditer(text):
+            if tokens[found.group()] not in plain:
+                yield text[start : found.start()], [tokens[found.group()]]
+                start = found.end()
+    yield text[start:], []
 
 
 def load_tokenizer(name):
-    """The tokenizer of the model `name` (as `data.find` reads it) as a `tiktoken.Encoding`.
+    """The tokenizer of the model `name` (as `data.find` reads it) as an `Encoding`.
 
-    Read are tokenizer.json, vocab.json + merges.txt, or a .gguf file, if they hold a byte-level BPE; anything
-    that would encode otherwise is an InputError. No special token is ever added.
+    Read are tokenizer.json, vocab.json + merges.txt, or a .gguf file, if they hold a BPE of bytes, or of
+    characters that falls back on bytes; anything that would encode otherwise is an InputError.
     """
     path = find(name)
     try:
-        return _load_described(path, _describe(path))
+        return _load_described(path, *describe(path))
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, regex.error) as error:
         raise InputError(f"{path}: the tokenizer cannot be read ({type(error).__name__}: {error})") from None
 
 
-def _describe(path):
-    """What a tokenizer.json says, or would say, about the tokenizer of `path`."""
-    if (path / "tokenizer.json").exists():
-        return read_json(path / "tokenizer.json")
-    if path.suffix == ".gguf":
-        fields = {name.removeprefix("tokenizer.ggml."): value for name, value in read_gguf(path)[0].items()}
-        one_of(path, "tokenizer.ggml.model", fields["model"], ("gpt2",))  # "llama" is SentencePiece
-        split = SPLITS[one_of(path, "tokenizer.ggml.pre", fields["pre"], SPLITS)]
-        vocab, merges = {token: i for i, token in enumerate(fields["tokens"])}, fields["merges"]
-        named = [token for token, kind in zip(fields["tokens"], fields["token_type"]) if kind in (3, 4)]
-    elif (path / "vocab.json").exists():  # without a word on how to split: known for two families
-        family = read_json(path / "config.json")["model_type"]
-        one_of(path, "model_type without tokenizer.json", family, ("gpt2", "opt"))
-        split, vocab = SPLITS["gpt-2"], read_json(path / "vocab.json")
-        lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [line for line in lines if line and not line.startswith("#version")]
-        named = [token for token in vocab.keys() - {m.replace(" ", "") for m in merges} if len(token) > 1]
-    else:
-        raise InputError(f"{path} has no tokenizer.json or vocab.json (SentencePiece is not supported)")
-    return {
-        "version": "1.0", "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": split},
-        "added_tokens": [{"id": vocab[token], "content": token, **ADDED} for token in named],
-        "decoder": STEP, "model": {"type": "BPE", "vocab": vocab, "merges": merges},
-    }  # fmt: skip
+def end_token(tokenizer):
+    """The id of the token that ends a document; InputError if there is none."""
+    name = _end_name(tokenizer.special_tokens_set, tokenizer.end)
+    if name is None:
+        raise InputError(f"{tokenizer.name}: the tokenizer has no token to end a document, like <|endoftext|>")
+    return tokenizer.encode_single_token(name)
 
 
-def write_tokenizer(folder, source):
-    """Write the tokenizer of the model `source` (as `find` reads it) as the tokenizer.json of `folder`."""
-    write_json(folder / "tokenizer.json", _describe(find(source)))
-
-
-def _load_described(path, described):
+def _load_described(path, described, config):
     model, added = described["model"], described["added_tokens"]
-    one_of(path, "the tokenizer's type", model.get("type", "BPE"), ("BPE",))  # Unigram is SentencePiece's
-    for option in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+    one_of(path, "the tokenizer's type", model.get("type", "BPE"), ("BPE",))  # Unigram is another algorithm
+    for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         one_of(path, option, model.get(option), (None, False, ""))
     for token, option in itertools.product(added, ("lstrip", "rstrip", "single_word")):
         one_of(path, f"{option} of an added token", token.get(option), (None, False))
-    normalizer = one_of(path, "normalizer", (described.get("normalizer") or {}).get("type"), (None, "NFC"))
-    specials = {token["content"]: token["id"] for token in added}
-    tokens = {_spelled(token): number for token, number in model["vocab"].items() if token not in specials}
-    tokens.pop(None, None)
-    ids = [*tokens.values(), *specials.values()]
-    if not all(type(n) is int and 0 <= n < 2**31 for n in ids) or len(set(ids)) < len(ids):
+    _check_ids(path, model["vocab"], added)
+    # No merge may make a special token out of plain text.
+    specials = {token["content"] for token in added if token["special"]}
+    model = model | {"vocab": {token: i for token, i in model["vocab"].items() if token not in specials}}
+    normal = normalizer(path, flat_steps(described.get("normalizer"), "normalizers"))
+    steps = flat_steps(described.get("pre_tokenizer"), "pretokenizers")
+    if model.get("byte_fallback"):
+        tokens, meant = sentencepiece(path, model)
+        prepare, padded = space_rule(path, normal, steps)
+        pattern = space_pattern(tokens, steps)
+    else:
+        one_of(path, "the normalizer of bytes", normal, (str, nfc))
+        tokens, meant = byte_level(path, model)
+        pattern, prepare, padded = byte_pattern(path, steps), as_it_is, False
+    end = config.get("eos_token")
+    return Encoding(str(path), pattern, tokens, meant, added, normal, prepare, padded, end)
+
+
+def _check_ids(path, vocab, added):
+    """The library gives added tokens the vocabulary's ids, or the next free one, whatever the file says."""
+    ids = {*vocab.values(), *(token["id"] for token in added)}
+    if not all(type(n) is int and 0 <= n < 2**31 for n in ids) or len(set(vocab.values())) < len(vocab):
         raise InputError(f"{path}: the ids of the tokens are not different whole numbers")
-    order = {}
-    for merge in model["merges"]:
-        left, right = map(_spelled, merge.split(" ") if isinstance(merge, str) else merge)
-        order.setdefault((left, right), len(order))
-        if not {left, right, left + right} <= tokens.keys():
-            raise InputError(f"{path}: the merge {merge!r:.100} is not of tokens")
-    ordered = _in_merge_order(tokens, order)
-    if model.get("ignore_merges") and len(ordered) < len(tokens):
-        raise InputError(f"{path}: with ignore_merges, merges must make every token")
-    pattern = _pattern(path, described["pre_tokenizer"])
-    return Encoding(str(path), pattern, ordered, specials, nfc=normalizer == "NFC")
+    following = len(vocab)
+    for token in added:
+        expected = vocab.get(token["content"], following)
+        one_of(path, f"the id of the token {token['content']!r:.100}", token["id"], (expected,))
+        following = max(following, expected + 1)
 
 
-def _spelled(token):
-    """The bytes that a token's name stands for, None if it is not in the byte alphabet."""
-    return bytes(ALPHABET[char] for char in token) if ALPHABET.keys() >= set(token) else None
+def _end_name(names, said):
+    """The one of the special tokens `names` that ends a document, None if there is none.
 
-
-def _pattern(path, step):
-    """The regular expression whose matches are the pieces that the pre-tokenizer makes."""
-    *first, last = step.get("pretokenizers", [step])
-    one_of(path, "add_prefix_space", last.get("add_prefix_space", True), (False,))
-    kinds = [step["type"] for step in first] + [last["type"], last.get("use_regex", True)]
-    if kinds == ["ByteLevel", True]:
-        return BYTE_LEVEL
-    if kinds == ["Digits", "ByteLevel", True] and first[0]["individual_digits"]:
-        return DIGITS
-    if kinds == ["Split", "ByteLevel", False]:
-        given = first[0]["pattern"]["Regex"]
-        isolated = first[0]["behavior"] == "Isolated" and not first[0]["invert"]
-        if isolated and not regex.fullmatch(given, ""):  # tiktoken crashes on empty pieces
-            return rf"{given}|(?:(?!{given})[\s\S])+"  # what lies between two matches is a piece, too
-    raise InputError(f"{path}: the pre-tokenizer is not supported: {step!r:.300}")
-
-
-def _in_merge_order(tokens, order):
-    """The part of `tokens` that merging reaches, so ordered that tiktoken makes the same tokens.
-
-    tiktoken joins any two neighbours whose joined bytes are a token, the first in order first, and never
-    splits a piece that is a token; the file lists which pairs may be joined. Both come to the same if every
-    token's own bytes, merged by the list, give that token: inside a longer piece they merge by the same
-    steps, and the last of these is the token's place in the order. Of such tokens a list with ignore_merges
-    (Llama 3's), which takes a whole piece that is a token, makes the same, too.
+    said: the token that the checkpoint says it ends with. That of a model for chats ends a turn: then one
+    that ends a document is taken, if there is any.
     """
-    places = {token: merge_bytes(token, order) for token in tokens}
-    return {token: tokens[token] for token in sorted(tokens, key=places.get) if places[token] < len(order)}
+    known = [name for name in (*ENDS, *TURN_ENDS) if name in names]
+    return said if said in names and said not in TURN_ENDS else next(iter(known), None)
 
 
-def merge_bytes(token, order):
-    """Merge the bytes of `token` by {(left, right): rank}; the last rank, or len(order) if several stay."""
-    parts, rank = [bytes([byte]) for byte in token], -1
-    while len(parts) > 1 and rank < len(order):
-        rank, at = min((order.get(pair, len(order)), i) for i, pair in enumerate(itertools.pairwise(parts)))
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return rank
+def write_tokenizer(folder, source):
+    """Write the tokenizer of the model `source` (as `find` reads it) into `folder`.
+
+    Read by transformers it makes the same tokens: tokenizer_config.json names the class that takes a
+    tokenizer.json as it is, where those of the families would split or pad a text in their own way.
+    """
+    path = find(source)
+    described, config = describe(path)
+    if (path / "tokenizer.json").exists():
+        write_file(folder / "tokenizer.json", (path / "tokenizer.json").read_bytes())
+    else:
+        write_json(folder / "tokenizer.json", described)
+    for name in ("chat_template.jinja", "special_tokens_map.json"):
+        if (path / name).exists():
+            write_file(folder / name, (path / name).read_bytes())
+    names = [token["content"] for token in described["added_tokens"] if token["special"]]
+    write_json(folder / "tokenizer_config.json", _roles(names, config) | config | CLASS)
+
+
+def _roles(names, config):
+    """The tokens of `names` that begin, end and fill up texts, for a checkpoint that does not say."""
+    end = _end_name(names, config.get("eos_token"))
+    roles = {"eos_token": end, "bos_token": end, "pad_token": end}
+    for role, known in (("bos_token", BEGINS), ("pad_token", PADS)):
+        roles[role] = next((name for name in known if name in names), end)
+    return {role: name for role, name in roles.items() if name is not None}

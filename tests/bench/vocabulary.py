@@ -12,9 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from data.bpe import ALPHABET  # noqa: E402
 from data.corpus import load_corpus  # noqa: E402
 from data.files import write_file  # noqa: E402
-from data.tokenizer import ADDED, ALPHABET, STEP  # noqa: E402
+from data.vocabulary import ADDED, STEP  # noqa: E402
 
 # Pieces that merges never cross: a word, a number of up to three digits, or signs, each with the space
 # before it; a line break with the indentation after it; other white space.

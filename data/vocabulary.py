@@ -1,0 +1,133 @@
+"""What the files of a tokenizer say, as a tokenizer.json and a tokenizer_config.json, without reading more into it.
+
+Source: the documentation of the transformers library, huggingface.co/docs/transformers, for what stands in
+tokenizer_config.json; github.com/ggml-org/ggml/blob/master/docs/gguf.md for the same in a .gguf file.
+"""
+
+from data.bpe import BYTES, SPACE
+from data.files import InputError, one_of, read_json
+from data.gguf import read_gguf
+
+STEP = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+WORDS = (  # how Llama 3 and Qwen 2 split a text, but for the length of numbers
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}NUMBER| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _split(pattern):
+    """The pre-tokenizer whose pieces are the matches of `pattern`."""
+    step = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return [step, STEP | {"use_regex": False}]
+
+
+SPLITS = {  # by GGUF's names: the pre-tokenizer
+    "gpt-2": [STEP], "smollm": [{"type": "Digits", "individual_digits": True}, STEP],
+    "llama-bpe": _split(WORDS.replace("NUMBER", "{1,3}")), "qwen2": _split(WORDS.replace("NUMBER", "")),
+}  # fmt: skip
+NFC = ("qwen2",)  # of these, those that normalise
+CONTROL, USER_DEFINED, NEVER_MERGED = (2, 3), 4, (2, 3, 6)  # a .gguf file's kinds of tokens; 6: a byte
+TO_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+SPACES_BACK = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"},
+               {"type": "Fuse"}]  # fmt: skip
+
+
+def describe(path):
+    """(what a tokenizer.json says, what a tokenizer_config.json says) of `path`, or would say."""
+    if path.suffix == ".gguf":
+        return _describe_gguf(path, read_gguf(path)[0])
+    config, described = {}, _describe_folder(path)
+    if (path / "config.json").exists():
+        config = _roles(described, read_json(path / "config.json"))
+    if (path / "tokenizer_config.json").exists():
+        config |= read_json(path / "tokenizer_config.json")
+    for role in ("eos_token", "bos_token", "pad_token"):
+        if isinstance(config.get(role), dict):  # with the options of an added token
+            config[role] = config[role]["content"]
+    return described, config
+
+
+def _describe_folder(path):
+    if (path / "tokenizer.json").exists():
+        return read_json(path / "tokenizer.json")
+    if not (path / "vocab.json").exists():
+        raise InputError(f"{path} has no tokenizer.json or vocab.json (a SentencePiece file is not read)")
+    # Without a word on how to split: known for two families.
+    family = read_json(path / "config.json")["model_type"]
+    one_of(path, "model_type without tokenizer.json", family, ("gpt2", "opt"))
+    vocab = read_json(path / "vocab.json")
+    lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    named = vocab.keys() - {merge.replace(" ", "") for merge in merges}
+    added = [_added(vocab, token) for token in vocab if token in named and len(token) > 1]
+    return _bytes(vocab, merges, added, SPLITS["gpt-2"])
+
+
+def _roles(described, fields, padding="pad_token_id"):
+    """{role: name} of the tokens whose ids stand in `fields`: one, or the first of a list."""
+    names, roles = {token["id"]: token["content"] for token in described["added_tokens"]}, {}
+    for role, field in (("eos", "eos_token_id"), ("bos", "bos_token_id"), ("pad", padding)):
+        number = fields.get(field)
+        number = number[0] if isinstance(number, list) else number
+        if number in names:
+            roles[f"{role}_token"] = names[number]
+    return roles
+
+
+def _added(vocab, token, special=True):
+    return {"id": vocab[token], "content": token, **ADDED, "special": special}
+
+
+def _bytes(vocab, merges, added, split, normalizer=None, **options):
+    """The tokenizer.json of a byte-level BPE."""
+    return {
+        "version": "1.0", "normalizer": normalizer, "added_tokens": added, "decoder": STEP,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": split},
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, **options},
+    }  # fmt: skip
+
+
+def _describe_gguf(path, metadata):
+    fields = {name.removeprefix("tokenizer.ggml."): value for name, value in metadata.items()}
+    kinds, spaced = fields["token_type"], fields["tokens"]
+    tokens = [name.replace(" ", SPACE) if kind == USER_DEFINED else name for name, kind in zip(spaced, kinds)]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    added = [_added(vocab, token, kind in CONTROL) for token, kind in zip(tokens, kinds)
+             if kind in (*CONTROL, USER_DEFINED)]  # fmt: skip
+    if one_of(path, "tokenizer.ggml.model", fields["model"], ("gpt2", "llama")) == "llama":
+        merges = _merges_by_score(tokens, fields["scores"], kinds)
+        unknown = tokens[kinds.index(2)] if 2 in kinds else None
+        described = _characters(vocab, merges, added, unknown, fields.get("add_space_prefix", True))
+    else:
+        name = one_of(path, "tokenizer.ggml.pre", fields["pre"], SPLITS)
+        normalizer = {"type": "NFC"} if name in NFC else None
+        ignoring = {"ignore_merges": True} if name == "llama-bpe" else {}
+        described = _bytes(vocab, fields["merges"], added, SPLITS[name], normalizer, **ignoring)
+    config = _roles(described, fields, "padding_token_id")
+    if "tokenizer.chat_template" in metadata:
+        config["chat_template"] = metadata["tokenizer.chat_template"]
+    return described, config
+
+
+def _characters(vocab, merges, added, unknown, prefix):
+    """The tokenizer.json of a SentencePiece-style BPE; `prefix`: a text gets a space in front."""
+    first = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    return {
+        "version": "1.0", "normalizer": {"type": "Sequence", "normalizers": [*first, TO_SPACE]},
+        "added_tokens": added, "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": [*SPACES_BACK, *strip]},
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "byte_fallback": True, "fuse_unk": True,
+                  "unk_token": unknown},
+    }  # fmt: skip
+
+
+def _merges_by_score(tokens, scores, kinds):
+    """Every pair of tokens that makes a token, the one of the highest score first."""
+    mergeable = {token: score for token, score, kind in zip(tokens, scores, kinds) if kind not in NEVER_MERGED}
+    merges = []
+    for token in sorted(mergeable, key=mergeable.get, reverse=True):
+        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        merges += [[left, right] for left, right in halves if left in mergeable and right in mergeable]
+    return merges
