@@ -87,19 +87,16 @@ def place_tokens(path, vocab, merges):
 
     vocab: {token: id}; merges: pairs of tokens, or strings with a space between the two.
     """
-    order = {}
+    order, halves, places = {}, {}, {token: -1 for token in vocab if len(token) == 1}
     for rank, merge in enumerate(merges):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        if not (left in vocab and right in vocab and left + right in vocab):
-            raise InputError(f"{path}: the merge {merge!r:.100} is not of tokens")
-        if (left, right) in order:
-            del order[left, right]  # the last one counts
-        order[left, right] = rank
-    places, halves = {token: -1 for token in vocab if len(token) == 1}, {}
-    for (left, right), rank in order.items():
-        new = left in places and right in places and left + right not in places
+        left, right = pair = tuple(merge.split(" ") if isinstance(merge, str) else merge)
+        whole = left + right
+        if pair in order or not (left in vocab and right in vocab and whole in vocab):
+            raise InputError(f"{path}: the merge {merge!r:.100} is not of tokens, or stands there twice")
+        order[pair] = rank
+        new = whole not in places and left in places and right in places
         if new and _boundary_lasts(left, right, order, places, halves):
-            places[left + right], halves[left + right] = rank, (left, right)
+            places[whole], halves[whole] = rank, pair
     unreached = {}
     for token in [token for token in vocab if token not in places]:  # or its parts come later in the list
         rank, parts = merge_alone(token, order)
@@ -115,6 +112,7 @@ def _boundary_lasts(left, right, order, places, halves):
 
     Goes back in time: of the two tokens at the boundary, the one made last is taken apart. Nothing was joined
     across it before, if that merge came before the pair's own; of equal merges the leftmost is made first.
+    The halves of tokens come earlier in `order` than these, so that merges are made in that order.
     """
     while True:
         if places[left] > places[right]:

@@ -91,7 +91,8 @@ def space_pattern(tokens, steps):
     """The pieces that merging can be left to. A text may be cut before a space, if no token crosses that."""
     if steps and steps[0]["type"] == "Metaspace" and steps[0].get("split", True):
         return " ?[^ ]+| "
-    return r"[\s\S]+" if any(regex.search(rb"[^ ] ", token) for token in tokens) else " *[^ ]+| +"
+    crossing = any(b" " in token.lstrip(b" ") for token in tokens)
+    return r"[\s\S]+" if crossing else " *[^ ]+| +"
 
 
 def byte_pattern(path, steps):
