@@ -55,14 +55,13 @@ def linear_layers(model, layers=None):
     """
     if layers is not None and not callable(layers):
         raise ValueError(f"`layers` has to be a function of a module's name, not {layers!r}")
-    used = collections.Counter(p.data_ptr() for m in model.modules() for p in m.parameters(recurse=False))
+    used = collections.Counter(p.data_ptr() for m in model.modules() for p in m.parameters(False) if p.numel())
     chosen = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight") if type(module) in (nn.Linear, SparseLinear) else None
-        if weight is None or not weight.is_floating_point() or weight.numel() == 0:
-            continue
+        owned = weight is not None and weight.is_floating_point() and used[weight.data_ptr()] == 1
         name = name.replace("_orig_mod.", "")
-        if used[weight.data_ptr()] == 1 and (layers is None or layers(name)):
+        if owned and (layers is None or layers(name)):
             chosen[name] = module
     return chosen
 
@@ -350,10 +349,10 @@ class SparseLinear(nn.Linear):
 
     def forward(self, x):
         weight = self.weight
-        y = nn.functional.linear(x, weight, self.bias)
         if weight.requires_grad or not (self.delta.requires_grad and torch.is_grad_enabled()):
-            return y  # being scored, or frozen
-        return _Tap.apply(y, x, self.delta, *self.planned)
+            return nn.functional.linear(x, weight, self.bias)  # being scored, or frozen
+        y = _MaskedLinear.apply(x, weight, self.bias, self.delta, *self.planned)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def plain(self):
         """Become an nn.Linear again, with the weight as it stands."""
@@ -380,29 +379,30 @@ class SparseLinear(nn.Linear):
         return self
 
 
-class _Tap(torch.autograd.Function):
-    """Passes y (..., out) = x Wᵀ + b on; of W's gradient the backward pass forms what `cover` planned."""
+class _MaskedLinear(torch.autograd.Function):
+    """y (N, out) = x Wᵀ + b for x (..., in), N rows; of W's gradient it forms what `cover` planned."""
 
     @staticmethod
-    def forward(ctx, y, x, delta, places, columns, rows, n_crowded):
+    def forward(ctx, x, weight, bias, delta, places, columns, rows, n_crowded):
         # Keep a copy of few columns, or else x, as others may, and delta, which must not change meanwhile.
-        ctx.n_crowded, ctx.copied = n_crowded, 2 * len(columns) < x.size(-1)
-        kept = x.reshape(-1, x.size(-1)).index_select(1, columns) if ctx.copied else x
-        ctx.save_for_backward(kept, delta, places, columns, rows)
-        return y.view_as(y)
+        ctx.shape, ctx.n_crowded, ctx.copied = x.shape, n_crowded, 2 * len(columns) < x.size(-1)
+        x = x.reshape(-1, x.size(-1))
+        kept = x.index_select(1, columns) if ctx.copied else x
+        ctx.save_for_backward(kept, weight, delta, places, columns, rows)
+        return nn.functional.linear(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, _, places, columns, rows = ctx.saved_tensors
-        x, dy_rows = x.reshape(-1, x.size(-1)).to(dy.dtype), dy.reshape(-1, dy.size(-1))  # for autocast
-        if not ctx.copied and ctx.n_crowded < x.size(1):
-            x = x.index_select(1, columns)
-        products = (x[:, : ctx.n_crowded].T @ dy_rows).view(-1)
+        x, weight, _, places, columns, rows = ctx.saved_tensors
+        x, weight = x.to(dy.dtype), weight.to(dy.dtype)  # autocast narrows dy
+        dx = (dy @ weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        x = x.index_select(1, columns) if not ctx.copied and ctx.n_crowded < x.size(1) else x
+        products = (x[:, : ctx.n_crowded].T @ dy).view(-1)
         if len(rows):
-            others = x[:, ctx.n_crowded :].T @ dy_rows.index_select(1, rows)
-            products = torch.cat((products, others.view(-1)))
-        return dy, None, products.index_select(0, places).float(), None, None, None, None
+            products = torch.cat((products, (x[:, ctx.n_crowded :].T @ dy.index_select(1, rows)).view(-1)))
+        dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
+        return dx, None, dbias, products.index_select(0, places).float(), None, None, None, None
 
 
 def cover(index, n_rows, n_columns):
@@ -480,7 +480,7 @@ def load_adapter(model, state):
         _check_index(modules, name, index)
         fits = tuple(shape) == modules[name].weight.shape and values.shape == index.shape
         if not (fits and values.dtype == torch.float32 and values.isfinite().all()):
-            raise ValueError(f"layer {name!r}: not a finite float32 an index, for a weight {tuple(shape)}")
+            raise ValueError(f"layer {name!r}: not of shape {tuple(shape)}, or not finite float32, one an index")
     for _, module in _sparse_layers(model):
         module._parameters["weight"].data.view(-1)[module.known] = module.original
         module.plain()

@@ -7,5 +7,5 @@ from data.processes import Progress, join_processes, leave_processes, processes,
 from data.report import Report, mean_loss, show_mask, show_step
 from data.runs import environment, read_adapter, resume, write_adapter, write_progress, write_result
 from data.settings import FLAGS, MAY_CHANGE, check_fit, parse_args
-from data.tasks import accuracy, answer, format_prompt, stop_tokens
+from data.tasks import accuracy, answer, format_prompt, in_words, stop_tokens
 from data.tokenizer import end_token, load_tokenizer, write_tokenizer
