@@ -1,6 +1,7 @@
 """Files that are never half written, the checks of what is read, and where a model's files are."""
 
 import hashlib
+import importlib
 import importlib.util
 import io
 import json
@@ -143,4 +144,7 @@ def _find_in_package(name):
         folder = importlib.util.find_spec(package).submodule_search_locations[0]
         return Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     # The package puts its parts together, once, in the user's cache, and checks them.
-    return Path(importlib.import_module(package).assemble())
+    try:
+        return Path(importlib.import_module(package).assemble())
+    except (ImportError, OSError, ValueError) as error:  # a part is missing or damaged
+        raise InputError(f"{name} cannot be put together from its package: {error}") from None

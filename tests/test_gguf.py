@@ -265,6 +265,9 @@ def test_gemma3_is_put_together_by_its_package(monkeypatch, tmp_path):
     (tmp_path / "whole.gguf").write_bytes(b"")
     monkeypatch.setitem(sys.modules, package.__name__, package)
     assert find("gemma3") == tmp_path / "whole.gguf"
+    package.assemble = lambda: importlib.import_module("gemma3_part_that_is_missing")
+    with pytest.raises(InputError, match="gemma3_part_that_is_missing"):
+        find("gemma3")
 
 
 def test_smollm2_without_its_package(monkeypatch):
