@@ -41,7 +41,7 @@ from model import GPT, GPTConfig  # noqa: E402
 BILLION = GPTConfig(  # the shape of a Llama with a billion weights, which get random values
     vocab_size=32000, block_size=2048, n_layer=22, n_head=32, n_embd=2048, n_kv_head=4, n_inner=5632,
     activation="silu", gated_mlp=True, rms_norm=True, qkv_bias=False, out_bias=False, mlp_bias=False,
-    tied_head=False, rope_theta=10000.0, family="llama",
+    tied_head=False, rope_theta=10000.0,
 )  # fmt: skip
 
 
