@@ -124,10 +124,14 @@ def _characters(vocab, merges, added, unknown, prefix):
 
 
 def _merges_by_score(tokens, scores, kinds):
-    """Every pair of tokens that makes a token, the one of the highest score first."""
-    mergeable = {token: score for token, score, kind in zip(tokens, scores, kinds) if kind not in NEVER_MERGED}
+    """Every pair of tokens that makes a token, the one of the highest score first, then that of longer halves.
+
+    Tokens of the user's come before the others, whatever their score: SentencePiece never splits them.
+    """
+    rated = zip(tokens, scores, kinds)
+    rank = {token: (kind != USER_DEFINED, -score) for token, score, kind in rated if kind not in NEVER_MERGED}
     merges = []
-    for token in sorted(mergeable, key=mergeable.get, reverse=True):
-        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        merges += [[left, right] for left, right in halves if left in mergeable and right in mergeable]
-    return merges
+    for token in rank:
+        halves = [(token[:cut], token[cut:]) for cut in range(len(token) - 1, 0, -1)]
+        merges += [[left, right] for left, right in halves if left in rank and right in rank]
+    return sorted(merges, key=lambda pair: (*rank[pair[0] + pair[1]], -len(pair[0]), -len(pair[1])))
