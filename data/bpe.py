@@ -61,6 +61,7 @@ def sentencepiece(path, model):
     """
     vocab = model["vocab"]
     one_of(path, "ignore_merges", model.get("ignore_merges"), (None, False))
+    one_of(path, f"a token {SPACE}", SPACE in vocab, (True,))
     meant = {number: token.replace(SPACE, " ").encode() for token, number in vocab.items()}
     meant |= {vocab[name]: bytes([byte]) for name, byte in BYTES.items() if name in vocab}
     # Merges make neither tokens with a space, since every space of a text becomes a SPACE, nor those of bytes.

@@ -185,6 +185,7 @@ def _check_ids(path, vocab, added):
         raise InputError(f"{path}: the ids of the tokens are not different whole numbers")
     following = len(vocab)
     for token in added:
+        one_of(path, "an added token without a name", token["content"] == "", (False,))
         expected = vocab.get(token["content"], following)
         one_of(path, f"the id of the token {token['content']!r:.100}", token["id"], (expected,))
         following = max(following, expected + 1)
@@ -222,7 +223,7 @@ def write_tokenizer(folder, source):
 def _roles(names, config):
     """The tokens of `names` that begin, end and fill up texts, for a checkpoint that does not say."""
     end = _end_name(names, config.get("eos_token"))
-    roles = {"eos_token": end, "bos_token": end, "pad_token": end}
-    for role, known in (("bos_token", BEGINS), ("pad_token", PADS)):
-        roles[role] = next((name for name in known if name in names), end)
-    return {role: name for role, name in roles.items() if name is not None}
+    first = next((name for name in BEGINS if name in names), end)
+    pad = next((name for name in PADS if name in names), end)
+    roles = {"eos_token": end, "bos_token": first, "pad_token": pad, "clean_up_tokenization_spaces": False}
+    return {role: value for role, value in roles.items() if value is not None}

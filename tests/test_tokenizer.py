@@ -131,7 +131,8 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 WRONG = [  # (what changes at the top, what in the model, what the message names)
     ({}, {"type": "Unigram"}, "Unigram"),
     ({}, {"type": "WordPiece"}, "WordPiece"),
-    ({}, {"byte_fallback": True}, "byte_fallback"),
+    ({}, {"byte_fallback": True}, "▁"),
+    ({}, {"vocab": {t: i for t, i in FIXTURE["vocab"].items() if t != "Ą"}, "unk_token": "a"}, "unk_token"),
     ({}, {"end_of_word_suffix": "</w>"}, "end_of_word_suffix"),
     ({}, {"vocab": 3}, "tokenizer"),
     ({}, {"vocab": {"a": 0, "b": 0}}, "ids"),
@@ -142,7 +143,8 @@ WRONG = [  # (what changes at the top, what in the model, what the message names
     ({}, {"merges": ["Ġ t h"]}, "tokenizer"),
     ({}, {"merges": [["x", 3]]}, "tokenizer"),
     ({}, {"merges": [3]}, "tokenizer"),
-    ({}, {"merges": ["Ġ ▁"]}, "tokenizer"),
+    ({}, {"merges": ["Ġ ▁"]}, "merge 'Ġ ▁'"),
+    ({}, {"merges": ["a t", "a t"]}, "twice"),
     ({}, {"merges": ["x y"]}, "merge 'x y'"),
     ({}, {"merges": None}, "tokenizer"),
     ({}, {"ignore_merges": True, "vocab": FIXTURE["vocab"] | {"xq": 9999}}, "ignore_merges"),
@@ -153,6 +155,9 @@ WRONG = [  # (what changes at the top, what in the model, what the message names
     ({"added_tokens": [3]}, {}, "tokenizer"),
     ({"added_tokens": [{"id": "1", "content": "x"}]}, {}, "ids"),
     ({"added_tokens": [{"id": 9999, "content": "x", "lstrip": True}]}, {}, "lstrip"),
+    ({"added_tokens": [{"id": 9999, "content": "x", "special": True}]}, {}, "the id of the token 'x'"),
+    ({"added_tokens": [{"id": 0, "content": "", "special": True}]}, {}, "without a name"),
+    ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFD"}]}}, {}, "NFD"),
     ({"pre_tokenizer": None}, {}, "tokenizer"),
     ({"pre_tokenizer": {"type": "Whitespace"}}, {}, "Whitespace|add_prefix_space"),
     ({"pre_tokenizer": {"type": "Metaspace", "add_prefix_space": False}}, {}, "Metaspace"),
@@ -166,9 +171,14 @@ WRONG = [  # (what changes at the top, what in the model, what the message names
     ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
         {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": "("}},
         BYTES | {"use_regex": False}]}}, {}, "tokenizer"),
-    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": "a*"}},
-        BYTES | {"use_regex": False}]}}, {}, "pre-tokenizer"),
+    *[({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "behavior": behavior, "invert": False, "pattern": {"Regex": pattern}},
+        BYTES | {"use_regex": False}]}}, {}, "pre-tokenizer") for behavior, pattern in (
+            ("Isolated", "a*"), ("Isolated", "(?=b)|b"), ("Isolated", r"\b|a"), ("Removed", "a"),
+            ("MergedWithNext", "a"))],
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [  # one split after the other
+        {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": "a"}}] * 2
+        + [BYTES | {"use_regex": False}]}}, {}, "pre-tokenizer"),
 ]  # fmt: skip
 
 
