@@ -1,4 +1,4 @@
-"""`speft.adapter`, `load_adapter`, `merge`: what was learned, out of a model and onto another, bit for bit."""
+"""`speft.adapter`, `load_adapter`, `merge`: what was learned, off a model, onto another, bit for bit."""
 
 import copy
 import io

@@ -26,6 +26,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pytest
+import tiktoken  # noqa: F401  for the children
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 ROOT = Path(__file__).parents[2]
 TESTS = {  # the files of tests that are run on each
     "speft.py": "toy select metrics synflow scoring layer cover weight remask adapter method".split(),
@@ -154,8 +159,6 @@ def mutants(file, chosen):
 
 def child(copy, tests, log, marked):
     """Run tests, up to the first failure, in a process group of its own; ends with pytest's exit code."""
-    import pytest
-
     os.setsid()
     os.chdir(copy)
     sys.argv = ["pytest"]
@@ -165,7 +168,7 @@ def child(copy, tests, log, marked):
 
 
 def failing(copy, tests, seconds, marked):
-    """The first test, of these files or single tests, that fails in the copy; or what else ended them early."""
+    """The first test of these (or of these files) that fails in the copy, or what else ended them early."""
     log = copy / "printed"
     process = multiprocessing.get_context("fork").Process(target=child, args=(copy, tests, log, marked))
     process.start()
@@ -174,19 +177,14 @@ def failing(copy, tests, seconds, marked):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # also whatever it has started
     process.join()
-    if in_time and process.exitcode == 0:
+    if in_time and process.exitcode in (0, pytest.ExitCode.NO_TESTS_COLLECTED):  # all of a file may be slow
         return None
     found = re.findall(r"^FAILED (.+?)(?: - .*)?$", log.read_text(), re.M)
     return found[0] if found else f"exit code {process.exitcode}" if in_time else f"{seconds:.0f} s"
 
 
 def preload():
-    """Import once what every child needs, but nothing that is mutated; never threaded, so that it can fork."""
-    import pytest  # noqa: F401
-    import tiktoken  # noqa: F401
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
+    """Load once what every child needs, but nothing that is mutated; unthreaded, so that it can fork."""
     torch.set_num_threads(1)
     with FlopCounterMode(display=False):
         torch.zeros(1).nonzero()  # the first time under such a mode imports a great deal
@@ -214,6 +212,7 @@ def try_all(files, chosen, out, marked):
     preload()
     known = {key(row) for row in read(out)}
     with tempfile.TemporaryDirectory() as folder, open(out, "a") as rows:
+        rows.write("\n" * bool(known))  # the last line may have been cut off
         copy = Path(folder) / "copy"
         ignored = shutil.ignore_patterns(".git", "out", "__pycache__", ".*")
         shutil.copytree(ROOT, copy, ignore=ignored, symlinks=True)
@@ -265,12 +264,15 @@ def report(files, chosen, rows):
             done = [row for row in part if row["by"] != ""]
             lived = [row for row in done if row["by"] is None]
             total.update(made=len(part), tried=len(done), lived=len(lived))
-            print(f"{file} {function}: {len(part)} mutants, {len(done) - len(lived)} killed, {len(lived)} lived"
-                  + f", {len(part) - len(done)} not tried" * (len(part) > len(done)))  # fmt: skip
+            print(f"{file} {function}: {counts(len(part), len(done), len(lived))}")
             for row in lived:
                 print(f"    line {row['line']}: {flat(row['from'])}  ->  {flat(row['to'])}")
-    print(f"{total['made']} mutants, {total['tried'] - total['lived']} killed, {total['lived']} lived, "
-          f"{total['made'] - total['tried']} not tried")  # fmt: skip
+    print(f"in all: {counts(total['made'], total['tried'], total['lived'])}")
+
+
+def counts(made, tried, lived):
+    text = f"{made} mutants, {tried - lived} killed, {lived} lived"
+    return text + f", {made - tried} not tried" * (made > tried)
 
 
 def flat(text):
