@@ -55,7 +55,7 @@ def test_the_covered_gradient_is_the_dense_one(kind):
     # Hundreds of masks in all, wide layers included; the product dyᵀ x in float64 is the oracle.
     generator = torch.Generator().manual_seed(KINDS.index(kind))
     dense = sparse = 0
-    for trial in range(100):
+    for trial in range(60):
         largest = 1500 if trial % 50 == 0 else 400
         shape = torch.randint(1, largest, (2,), generator=generator).tolist()
         index = a_mask(kind, shape, generator)
@@ -69,7 +69,7 @@ def test_the_covered_gradient_is_the_dense_one(kind):
         share = formed(layer.plan(), shape[0]) / layer.weight.numel()
         dense, sparse = dense + (share == 1), sparse + (share < 0.5)
     # Which way was taken: small layers are dense soon.
-    assert dense > 60 if kind in ("random", "full") else sparse > 30
+    assert dense > 40 if kind in ("random", "full") else sparse > 20
 
 
 @pytest.mark.parametrize("shape", ((300, 200), (90, 400), (30, 30)))
