@@ -56,7 +56,7 @@ def test_the_covered_gradient_is_the_dense_one(kind):
     generator = torch.Generator().manual_seed(KINDS.index(kind))
     dense = sparse = 0
     for trial in range(60):
-        largest = 1500 if trial % 50 == 0 else 400
+        largest = 1000 if trial % 30 == 0 else 300
         shape = torch.randint(1, largest, (2,), generator=generator).tolist()
         index = a_mask(kind, shape, generator)
         layer, _ = sparse_layer(shape, index, bias=False)

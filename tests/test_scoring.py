@@ -302,7 +302,7 @@ def test_scoring_under_no_grad_gives_the_same(metric, loss_fn):
 # --- sparse layers, bfloat16 ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("metric", ALL)
 def test_a_sparse_model_scores_like_the_merged_one(metric, seed):
     plain, batches = random_gpt("llama" if seed % 2 else "gpt2", seed, dtype=torch.float32)
