@@ -2,8 +2,10 @@
 
 import torch
 
+import data
 import train  # noqa: F401
 from data.corpus import load_corpus
 
 torch.set_num_threads(1)
 load_corpus("prose")
+data.load_model("base")  # some parts of torch load when first used
