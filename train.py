@@ -137,7 +137,9 @@ def run(args, adapt, log):
     settings |= {"base": base, "start": model.fingerprint() if args.adapter else base}
     settings |= {f"{name}_data": split.fingerprint() for name, split in splits.items()}
     result = vars(args) | settings | {"processes": data.processes()[1]}
-    finished, saved = data.resume(args.out, settings) if args.resume else (None, None)
+    finished, saved = None, None
+    if args.resume:
+        finished, saved = data.resume(args.out, settings, {"merge": args.merge, "prompt": args.prompt})
     if finished:
         return finished
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -98,14 +98,15 @@ def read_result(folder, settings):
     return result if "val_after" in result and not changes(result, settings) else None
 
 
-def resume(folder, settings):
-    """(the result, if the run with these settings in `folder` is finished; else the checkpoint to go on from)
+def resume(folder, settings, afterwards):
+    """(the result, if the run with these settings in `folder` is finished; the checkpoint to go on from)
 
-    Both may be None. The first process reads for all.
+    Both may be None. afterwards: settings of what comes after the training; where they have changed, that is
+    to be done again. The first process reads for all.
     """
     finished, saved = None, None
     if processes()[0] == 0:
-        finished, saved = read_result(folder, settings), read_progress(folder, settings)
+        finished, saved = read_result(folder, settings | afterwards), read_progress(folder, settings)
     finished, saved = gather((finished, saved))[0]
     if finished:
         losses = [f"{name} {finished[name]:.4f}" for name in ("val_after", "test_after", "source_after")]
