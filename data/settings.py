@@ -68,8 +68,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if message.startswith("unrecognized"):
-            unknown = next(word for word in message.split() if word.startswith("-"))
-            nearest = difflib.get_close_matches(unknown, [f"--{name}" for name in FLAGS], n=1, cutoff=0.0)
+            unknown, known = message.split()[2], [f"--{name}" for name in (*FLAGS, "resume")]
+            nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0.0)
             message += f"; the nearest flag is {nearest[0]}"
         self.exit(2, f"train.py: error: {message}\n")
 
