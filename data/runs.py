@@ -2,6 +2,7 @@
 
 import math
 import platform
+import re
 import resource
 import warnings
 from pathlib import Path
@@ -45,15 +46,24 @@ def read_adapter(path, base):
 def write_progress(folder, progress):
     """Write a checkpoint: a dict of the run's "settings", its "log" and what else `train.fit` goes on from.
 
-    Named by its step. The one before stays, so that one always is whole; all others go.
+    Named by its step. The one before stays, so that one always is whole; all others go, and so does the
+    result of an earlier run, which is not what these lead to.
     """
     step = len(progress["log"])
     write_tensors(Path(folder) / f"checkpoint-{step}.pt", progress)
-    others = {int(path.stem.split("-")[1]): path for path in Path(folder).glob("checkpoint-[0-9]*.pt")}
+    (Path(folder) / "result.json").unlink(missing_ok=True)
+    others = find_checkpoints(folder)
     before = max((number for number in others if number < step), default=None)
     for number, path in others.items():
         if number not in (step, before):
             path.unlink()
+
+
+def find_checkpoints(folder):
+    """{step: path} of the checkpoints in `folder`, the latest step first."""
+    matches = {path: re.fullmatch(r"checkpoint-(\d+)\.pt", path.name) for path in Path(folder).glob("*.pt")}
+    found = {int(match[1]): path for path, match in matches.items() if match}
+    return dict(sorted(found.items(), reverse=True))
 
 
 def read_progress(folder, settings):
@@ -61,23 +71,25 @@ def read_progress(folder, settings):
 
     Warns of a damaged file; raises InputError if all there is, a result included, is of other settings.
     """
-    found, different = [], []
-    for path in Path(folder).glob("checkpoint-[0-9]*.pt"):
+    different = set()
+    for path in find_checkpoints(folder).values():
         try:
             saved = read_tensors(path)
+            if not (isinstance(saved, dict) and isinstance(saved.get("settings"), dict)):
+                raise InputError(f"{path} holds no checkpoint")
         except InputError as error:
             warnings.warn(f"{error}; going on from the one before", stacklevel=2)
             continue
         changed = changes(saved["settings"], settings)
-        different += changed
         if not changed:
-            found.append(saved)
+            return saved
+        different.update(changed)
     result = Path(folder) / "result.json"
-    if not found and result.exists():
-        different += changes(read_json(result), settings)
-    if different and not found:
-        raise InputError(f"{folder}: the run to resume had another {', '.join(sorted(set(different)))}")
-    return max(found, key=lambda saved: len(saved["log"]), default=None)
+    if result.exists():
+        different.update(changes(read_json(result), settings))
+    if different:
+        raise InputError(f"{folder}: the run to resume had another {', '.join(sorted(different))}")
+    return None
 
 
 def changes(saved, settings):
