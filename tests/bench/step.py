@@ -113,8 +113,7 @@ def gather(model, indices, density):
         n_rows, n_columns = layer.weight.shape
         places = layer.index % n_columns * n_rows + layer.index // n_columns  # in the whole of xᵀ dy
         columns = torch.arange(n_columns, device=places.device)
-        key = layer.index.data_ptr(), layer.index._version
-        layer.planned = key, (places, columns, n_columns, columns[:0]), layer.index
+        layer.planned = places, columns, columns[:0], n_columns
     return deltas
 
 
@@ -164,8 +163,7 @@ def saved_bytes(model, batch):
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     for layer in model.modules():
         if isinstance(layer, speft.SparseLinear) and len(layer.delta):
-            places, columns, _, rows = layer.plan()
-            own |= {t.untyped_storage().data_ptr() for t in (places, columns, rows)}
+            own |= {t.untyped_storage().data_ptr() for t in layer.planned[:3]}
     kept = {}
 
     def pack(tensor):
