@@ -96,11 +96,11 @@ def gradient_mask(model, batches, density):
     return speft.select(speft.salience(model, "grad", batches, GPT.sample_losses), density, "global")
 
 
-def moved(model, batches, density, lines):
-    """Train the global gradient mask with its entries at random places of their layers: an ablation.
+def moved_mask(model, batches, density, lines):
+    """{layer: indices}: the global gradient mask with its entries at random places of their layers.
 
     lines: whole rows and columns change places, so that entries that shared one still do; otherwise every
-    entry moves by itself, and only the layers' densities are still the gradient's. Returns the deltas.
+    entry moves by itself, and only the layers' densities are still the gradient's.
     """
     indices = gradient_mask(model, batches, density)
     for name, index in indices.items():
@@ -111,7 +111,12 @@ def moved(model, batches, density, lines):
         else:
             places = torch.randperm(n_rows * n_columns)[: len(index)]
         indices[name] = places.sort().values
-    return speft.sparsify(model, indices)
+    return indices
+
+
+def moved(model, batches, density, lines):
+    """Train such a mask: an ablation. Returns the deltas."""
+    return speft.sparsify(model, moved_mask(model, batches, density, lines))
 
 
 def block_mask(model, density):
@@ -158,13 +163,13 @@ class Scaled(nn.Module):
         return self.scale * trained
 
 
-def relative(model, batches, density):
-    """Train the global gradient mask at a rate relative to the size of each layer's weights: an ablation.
+def relative(model, batches, density, mask=gradient_mask):
+    """Train a mask, by default the global gradient's, at a rate relative to the size of each layer's weights: an ablation.
 
     A layer's rate is multiplied by the root mean square of its weights over the mean of that of all layers.
     Returns what stands in for the deltas.
     """
-    speft.sparsify(model, gradient_mask(model, batches, density))
+    speft.sparsify(model, mask(model, batches, density))
     layers = [layer for layer in model.modules() if isinstance(layer, speft.SparseLinear)]
     sizes = torch.stack([layer.weight.data.float().square().mean().sqrt() for layer in layers])
     parameters = []
