@@ -1,10 +1,15 @@
 """What sparse fine-tuning is compared with. All plugs into `train.main(argv, adapt=...)`.
 
+    python tests/bench/baselines.py lora --data my.jsonl --lr 1e-2   # and any other of train.py's flags
+
+The run leaves train.py's log.jsonl and result.json; --merge FOLDER writes the whole fine-tuned model.
+
 LoRA: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022 (arXiv 2106.09685).
 PiSSA: Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language
 Models", NeurIPS 2024 (arXiv 2404.02948).
 """
 
+import argparse
 import copy
 import functools
 import math
@@ -18,7 +23,9 @@ from torch.nn.utils import parametrize
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import data  # noqa: E402
 import speft  # noqa: E402
+import train  # noqa: E402
 from model import GPT  # noqa: E402
 
 
@@ -191,3 +198,28 @@ def merge(model):
 
 lora = functools.partial(adapt, principal=False)
 pissa = functools.partial(adapt, principal=True)
+METHODS = {"lora": lora, "pissa": pissa, "block": block}
+
+
+def main(argv=None):
+    """Train by one of METHODS with train.py's flags; returns what result.json holds."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("--merge", help="folder for the whole model")
+    mine, argv = parser.parse_known_args(argv)
+    args, adapted = train.parse_args(argv), []
+
+    def adapt_and_keep(model, batches):
+        adapted.append(model)
+        return METHODS[mine.method](model, batches, density=args.density)
+
+    result = train.main(argv, adapt_and_keep)
+    if mine.merge and adapted:
+        weights = speft.merge(merge(adapted[0])).state_dict()
+        folder = data.check_folder(mine.merge)
+        data.write_checkpoint(folder, args.model, weights, getattr(torch, args.dtype))
+    return result
+
+
+if __name__ == "__main__":
+    main()

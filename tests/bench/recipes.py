@@ -83,7 +83,7 @@ def heavy_block(model, batches, density):
 
 def within_block(model, batches, density, spread, score):
     """The entries of highest `score(weight)` in a random block of every layer `spread` times as large."""
-    larger = baselines.block_mask(model, spread * density)
+    larger = baselines.block_mask(model, min(1.0, spread * density))
     scores = {}
     for name, w in weights_of(model).items():
         scores[name] = torch.full(w.shape, -1.0, device=w.device)
@@ -179,5 +179,4 @@ RECIPES = {
     "grad, a moment a layer": functools.partial(by_metric, metric="grad"),
     "random, a moment a layer": functools.partial(by_metric, metric="random"),
     "block, norms and biases": functools.partial(with_norms_and_biases, method=baselines.block),
-    "lora, norms and biases": functools.partial(with_norms_and_biases, method=baselines.lora),
 }

@@ -111,7 +111,11 @@ STUDIES = {
             + [setting("grad at layers' rates"), setting("random block")]
             + [setting(method) for method in OPTIMIZERS]
         ),
-        candidates=[setting(method) for method in recipes.RECIPES if method not in OPTIMIZERS],
+        candidates=[setting(method) for method in recipes.RECIPES if method not in OPTIMIZERS]
+        # at the price of LoRA's step, or below it
+        + [setting("random block", d) for d in (0.03, 0.1, 0.2)]
+        + [setting("random columns", d) for d in (0.03, 0.1)]
+        + [sparse("grad", density=0.1), setting("largest entries of a block", 0.03)],
         swept=[(chosen, ("1e-4", "3e-4", "1e-3")) for chosen in SWEPT],
     ),
     # The paper's own rates, for as long as it takes.
