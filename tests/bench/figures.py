@@ -135,7 +135,7 @@ def gains_of_a_step(axes):
         points = [(float(x), start - y) for x, y in row["moved"].items() if float(x)]
         axes.plot(*zip(*points), marker=".", label=row["mask"])
     axes.axhline(0, color="gray", linewidth=0.5)
-    axes.set(xscale="log", ylim=(-0.1, None), xlabel="how far every entry moves")
+    axes.set(xscale="log", ylim=(-0.05, 0.25), xlabel="how far every entry moves")
     axes.set(ylabel="fall of the training loss, nats a token")
     axes.set_title("One step by the sign of the gradient, 1% of the base's weights, first seed")
     axes.legend()

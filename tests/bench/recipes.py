@@ -129,6 +129,15 @@ def grad_capped(model, batches, density, limit):
     return speft.sparsify(model, indices)
 
 
+def agreed(model, batches, density):
+    """In each layer the entries on whose gradient the examples agree: its mean over its root mean square."""
+    single = [tuple(part[n : n + 1] for part in batch) for batch in batches for n in range(len(batch[0]))]
+    mean = speft.salience(model, "grad", batches, GPT.sample_losses)
+    square = speft.salience(model, "fisher", single, GPT.sample_losses)
+    scores = {name: mean[name] / square[name].sqrt().clamp(min=1e-30) for name in mean}
+    return within_layers(model, scores, density)
+
+
 # --- rates of layers and of entries ---
 
 
@@ -170,6 +179,7 @@ RECIPES = {
     "random entries of a block": functools.partial(within_block, spread=4, score=torch.rand_like),
     "largest entries of a block": functools.partial(within_block, spread=8, score=torch.abs),
     "grad capped": functools.partial(grad_capped, limit=2),
+    "entries of agreed gradient": agreed,
     "random at layers' rates": functools.partial(baselines.relative, mask=local_random),
     "block at layers' rates": functools.partial(baselines.relative, mask=local_block),
     "grad by momentum": functools.partial(by_metric, metric="grad"),

@@ -53,12 +53,10 @@ def core_table(study, density):
     return by_loss(rows + plain(table, method="full"))
 
 
-def recipes_table():
-    """The candidates, and what they are to beat, at 1%."""
-    table = summary_of("prose")
-    names = {chosen["method"] for chosen in STUDIES["prose"].candidates}
-    rows = [row for row in table if row["method"] in names and row["density"] == 0.01]
-    rows += [row for row in table if any(row.items() >= chosen.items() for chosen in KNOWN)]
+def chosen_rows(study, settings):
+    """The rows of these settings, by their loss."""
+    wanted = [studies.name_of(chosen) + str(chosen["density"]) for chosen in settings]
+    rows = [row for row in summary_of(study) if studies.name_of(row) + str(row["density"]) in wanted]
     return by_loss(rows)
 
 
@@ -66,13 +64,16 @@ KNOWN = [setting("lora"), sparse("random"), sparse("grad"), sparse("grad", "loca
 KNOWN += [sparse("magnitude"), sparse("magnitude", "local"), setting("random block")]
 
 
+def recipes_table():
+    """The candidates, and what they are to beat, at 1%."""
+    candidates = [chosen for chosen in STUDIES["prose"].candidates if chosen["density"] == 0.01]
+    return chosen_rows("prose", candidates + KNOWN)
+
+
 def optimizers_table():
     """The same masks under other optimizers."""
-    table = summary_of("prose")
     adam = [sparse("grad"), sparse("random"), sparse("magnitude"), setting("grad moved entries")]
-    rows = [row for row in table if row["method"] in OPTIMIZERS]
-    rows += [row for row in table if any(row.items() >= chosen.items() for chosen in adam)]
-    return by_loss(rows)
+    return chosen_rows("prose", adam + [setting(method) for method in OPTIMIZERS])
 
 
 def rates_table(study, settings):
