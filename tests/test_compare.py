@@ -15,7 +15,7 @@ import summaries  # noqa: E402
 
 
 class Study:
-    """Cells whose validation loss is `loss(rate, seed)`, and a count of those that were run."""
+    """Cells whose validation loss is `loss(rate, seed)`, or that of their method; and those that were run."""
 
     def __init__(self, monkeypatch, folder, loss):
         self.ran, self.loss = [], loss
@@ -26,7 +26,8 @@ class Study:
     def run(self, study, cell):
         self.ran.append(cell)
         rate = float(cell["lr"])
-        loss = self.loss(rate, cell["seed"])
+        of_method = self.loss[cell["method"]] if isinstance(self.loss, dict) else self.loss
+        loss = of_method(rate, cell["seed"])
         if loss is None:
             return cell | {"lr": rate, "failed": "not finite"}
         measured = dict.fromkeys(("source_before", "step_seconds", "score_seconds"), 1.0)
@@ -72,29 +73,22 @@ def test_an_interrupted_study_goes_on_and_its_table_counts_seeds(tmp_path, monke
 
 @pytest.mark.parametrize("behind", (-0.1, 0.019, 0.021, 1.0))
 def test_only_candidates_within_reach_of_lora_run_with_all_seeds(tmp_path, monkeypatch, capsys, behind):
-    study = Study(monkeypatch, tmp_path, lambda rate, seed: abs(rate - 0.03) + behind)
-    run = study.run
-    lora = Study(monkeypatch, tmp_path, lambda rate, seed: abs(rate - 0.01))
-    run_lora = lora.run
-    pick = {True: run_lora, False: run}
-    monkeypatch.setattr(compare, "run_cell", lambda name, cell: pick[cell["method"] == "lora"](name, cell))
     candidate = studies.STUDIES["prose"].candidates[0]
+    losses = {"lora": lambda rate, seed: abs(rate - 0.01)}
+    losses[candidate["method"]] = lambda rate, seed: abs(rate - 0.03) + behind
+    study = Study(monkeypatch, tmp_path, losses)
     compare.complete(compare.Results("prose"), candidate, (0, 1, 2))
-    assert [cell["seed"] for cell in study.ran] == [0, 0, 0, 1, 2][: 5 if behind < studies.REACH else 3]
-    assert {cell["seed"] for cell in lora.ran} <= {0}
+    ran = [cell["seed"] for cell in study.ran if cell["method"] == candidate["method"]]
+    assert ran == ([0, 0, 0, 1, 2] if behind < studies.REACH else [0, 0, 0])
+    assert {cell["seed"] for cell in study.ran if cell["method"] == "lora"} == {0}
 
 
 def test_differences_from_lora_are_taken_seed_by_seed(tmp_path, monkeypatch, capsys):
-    losses = {"lora": (0.1, 0.5, 0.3), "sparse": (0.2, 0.55, 0.45)}
-
-    def run(study, cell):
-        measure = Study(monkeypatch, tmp_path, lambda rate, seed: abs(rate - 0.01) + losses[cell["method"]][seed])
-        monkeypatch.setattr(compare, "run_cell", run)
-        return measure.run(study, cell)
-
-    (tmp_path / "data" / "results").mkdir(parents=True)
-    monkeypatch.setattr(compare, "ROOT", tmp_path)
-    monkeypatch.setattr(compare, "run_cell", run)
+    losses = {
+        "lora": lambda rate, seed: abs(rate - 0.01) + (0.1, 0.5, 0.3)[seed],
+        "sparse": lambda rate, seed: abs(rate - 0.01) + (0.2, 0.55, 0.45)[seed],
+    }
+    Study(monkeypatch, tmp_path, losses)
     results = compare.Results("prose")
     for chosen in (studies.setting("lora"), studies.sparse("grad"), studies.sparse("grad", density=0.03)):
         compare.complete(results, chosen, (0, 1, 2))

@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import speft
@@ -51,7 +52,15 @@ def test_the_flags_it_mentions_exist():
         assert flag in {*train.FLAGS, "resume"}, flag
 
 
-def test_its_tables_are_those_of_the_results():
-    assert report.with_tables(README) == README
-    for file in re.findall(r"\]\(([^):]+)\)", README):
+def test_the_files_it_points_to_exist():
+    for file in re.findall(r"\]\(([^):#]+)[^):]*\)", README):
         assert (ROOT / file).exists(), file
+
+
+@pytest.mark.parametrize("path", report.REPORTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_report_has_the_tables_of_the_results(path):
+    text = path.read_text()
+    assert text.count("<!-- ") == 2 * len(re.findall(r"<!-- end of ", text)) > 0
+    assert report.with_tables(text) == text
+    for file in re.findall(r"\]\(([^):#]+)[^):]*\)", text):
+        assert (path.parent / file).exists(), file
