@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
 import compare  # noqa: E402
+import data  # noqa: E402
 import studies  # noqa: E402
 import summaries  # noqa: E402
 
@@ -135,3 +137,25 @@ def test_every_cell_is_a_command_that_train_accepts(name):
         assert args.seed == 1 and args.lr == 3e-3
         assert args.method == ("full" if chosen["method"] == "full" else "sparse")
         assert args.metric == (chosen["metric"] or "grad")
+
+
+def test_a_cell_has_its_own_optimizer_and_measures_the_trained_model(monkeypatch):
+    def measure(model, tokenizer):
+        examples = data.load_examples("prose", tokenizer, 32, only=["val"])["val"]
+        return {"loss": model.mean_loss(examples.spread(2, 2))}
+
+    made = []
+
+    def optimizer(params, **adamw):
+        made.append(torch.optim.SGD(params, lr=0.0))
+        return made[-1]
+
+    adamw = torch.optim.AdamW
+    flags = "--device cpu --steps 2 --batch-size 2 --seq-len 32 --eval-examples 2 --eval-every 1"
+    monkeypatch.setitem(studies.STUDIES, "tiny", studies.Study(flags, studies.setting("lora"), measure=measure))
+    monkeypatch.setitem(studies.OPTIMIZERS, "lora", optimizer)
+    row = compare.run_here("tiny", studies.setting("lora") | {"seed": 1, "lr": "1e0"})
+    assert len(made) == 1 and torch.optim.AdamW is adamw
+    assert row["answers"]["loss"] == row["val_after"] != row["val_before"]
+    assert [step for step, _ in row["curve"]] == [1, 2] and row["curve"][-1][1] == row["val_after"]
+    assert row["study"] == "tiny" and "out" not in row

@@ -37,7 +37,8 @@ def study_table(study):
     """The study's table, and what it took: every cell is a run of one thread."""
     rows = compare.Results(study).rows
     hours = sum(row.get("seconds", 0) for row in rows) / 3600
-    return [*summaries.table_lines(summary_of(study)), "", f"{len(rows)} runs, {hours:.1f} hours of one core."]
+    took = f"{len(rows)} runs, {hours:.1f} hours of one core."
+    return [*summaries.table_lines(summary_of(study)), "", took]
 
 
 def by_loss(table):
@@ -106,27 +107,36 @@ def read_rows(name):
 
 
 def cause_table():
-    """The loss along the entries of each mask: means over the seeds, and the standard error of the gains."""
-    head = ["mask of 1%", "seeds", "steepness", "curvature of Adam's step", "of the gradient step"]
-    head += ["mean diagonal", "directions", "best distance", "gain there"]
+    """The loss along the entries of each mask, means over the seeds.
+
+    A parabola of slope a and curvature b falls by a² / 2b at its lowest point, a / b away.
+    """
+    head = ["mask of 1%", "seeds", "steepness", "curvature", "best distance", "gain", "gain as measured"]
+    head += ["gain of a gradient step", "mean diagonal", "directions"]
     lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
     rows = read_rows("cause")
     for mask in dict.fromkeys(row["mask"] for row in rows):
         mine = [row for row in rows if row["mask"] == mask]
-        names = ("steepness", "along_signs", "along_gradient", "diagonal", "directions")
-        means = [summaries.mean_and_error([row[name] for row in mine])[0] for name in names]
-        gains = [best_move(row) for row in mine]
-        distances = sorted({f"{distance:g}" for distance, _ in gains}, key=float)
-        cells = [mask, str(len(mine)), *(f"{mean:.2g}" for mean in means[:4]), f"{means[4]:.0f}"]
-        cells += [" to ".join(distances), summaries.said(*summaries.mean_and_error([g for _, g in gains]))]
+        columns = zip(*([*along_a_step(row), row["diagonal"]] for row in mine))
+        means = [summaries.mean_and_error(column)[0] for column in columns]
+        measured = summaries.said(*summaries.mean_and_error([best_move(row) for row in mine]))
+        directions = summaries.mean_and_error([row["directions"] for row in mine])[0]
+        cells = [f"{mean:.2g}" for mean in means]
+        cells = [mask, str(len(mine)), *cells[:4], measured, *cells[4:], f"{directions:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
+def along_a_step(row):
+    """Of a step by the signs: steepness, curvature, best distance, gain; and the gain of a gradient step."""
+    slope, curvature = row["steepness"], row["along_signs"]
+    gain = row["entries"] * slope**2 / curvature / 2
+    return slope, curvature, slope / curvature, gain, row["power"] / row["along_gradient"] / 2
+
+
 def best_move(row):
-    """(distance, gain): how far a single step of Adam's direction goes best, and what it gains in nats."""
-    distance = min(row["moved"], key=row["moved"].get)
-    return float(distance), row["moved"]["0.0"] - row["moved"][distance]
+    """What the best of the distances tried gains, in nats."""
+    return row["moved"]["0.0"] - min(row["moved"].values())
 
 
 def price_table(model):
