@@ -1,4 +1,6 @@
-"""Recipes in search of one that beats LoRA: masks that cost little, or choose well. Each plugs into train.main.
+"""Recipes in search of one that beats LoRA: masks that cost little, or that choose well. For `train.main`.
+
+Each is `(model, batches, density) -> parameters`: it makes the model ready and returns what is trained.
 
 principal: Liu et al., "LIFT the Veil for the Truth: Principal Weights Emerge after Rank Reduction for
 Reasoning-Focused Supervised Fine-Tuning", ICML 2025 (arXiv 2506.00772).
@@ -23,6 +25,12 @@ def within_layers(model, scores, density):
     return speft.sparsify(model, speft.select(scores, density, "local"))
 
 
+def by_metric(model, batches, density, metric):
+    """What `train.py --metric METRIC` trains."""
+    scores = speft.salience(model, metric, batches, GPT.sample_losses)
+    return speft.sparsify(model, speft.select(scores, density, "global"))
+
+
 # --- lines: whole rows or columns, whose gradient is one small product ---
 
 
@@ -39,19 +47,15 @@ def random_rows(model, batches, density):
 
 
 def inputs_norms(model, batches):
-    """{layer: the mean square (in,) of each of its inputs}"""
+    """{layer: the mean square (in,) of each of its inputs over a batch's positions, summed over batches}"""
     squares = {}
 
     def look(name, module, args):
         squares[name] = squares.get(name, 0) + args[0].square().flatten(0, -2).mean(0)
 
-    hooks = [
-        layer.register_forward_pre_hook(functools.partial(look, name))
-        for name, layer in speft.linear_layers(model).items()
-    ]
-    with torch.no_grad():
-        for batch in batches:
-            model.sample_losses(batch)
+    layers = speft.linear_layers(model).items()
+    hooks = [layer.register_forward_pre_hook(functools.partial(look, name)) for name, layer in layers]
+    model.mean_loss(batches)
     for hook in hooks:
         hook.remove()
     return squares
@@ -67,22 +71,22 @@ def active_columns(model, batches, density):
 # --- blocks: some rows crossed with some columns ---
 
 
-def rank(values):
-    """The share of the values that are smaller, for each of them."""
+def share_below(values):
+    """For each of the values the share that are smaller."""
     return values.argsort().argsort() / len(values)
 
 
 def heavy_block(model, batches, density):
     """The rows of largest norm crossed with the columns of largest norm."""
-    scores = {
-        name: torch.minimum(rank(w.norm(dim=1))[:, None], rank(w.norm(dim=0))[None])
-        for name, w in weights_of(model).items()
-    }
+    scores = {}
+    for name, w in weights_of(model).items():
+        rows, columns = share_below(w.norm(dim=1)), share_below(w.norm(dim=0))
+        scores[name] = torch.minimum(rows[:, None], columns[None])
     return within_layers(model, scores, density)
 
 
 def within_block(model, batches, density, spread, score):
-    """The entries of highest `score(weight)` in a random block of every layer `spread` times as large."""
+    """The entries of highest `score(weight)` in a random block of every layer, `spread` times as large."""
     larger = baselines.block_mask(model, min(1.0, spread * density))
     scores = {}
     for name, w in weights_of(model).items():
@@ -91,7 +95,7 @@ def within_block(model, batches, density, spread, score):
     return within_layers(model, scores, density)
 
 
-# --- choices by weight or gradient ---
+# --- a choice by weight or gradient ---
 
 
 def principal(model, batches, density):
@@ -104,8 +108,16 @@ def principal(model, batches, density):
     return within_layers(model, scores, density)
 
 
+def agreed(model, batches, density):
+    """In each layer the entries on whose gradient the examples agree: its mean over its root mean square."""
+    mean = speft.salience(model, "grad", batches, GPT.sample_losses)
+    square = speft.salience(model, "fisher", batches, GPT.sample_losses)
+    scores = {name: mean[name] / square[name].sqrt().clamp(min=1e-30) for name in mean}
+    return within_layers(model, scores, density)
+
+
 def capped(score, count, limit):
-    """Flat indices of the `count` highest scores such that no line holds over `limit` times the mean share."""
+    """Flat indices of the `count` highest scores such that no line holds over `limit` times its fair share."""
     n_rows, n_columns = score.shape
     share = limit * count / score.numel()
     room_of_row = [max(1, round(share * n_columns))] * n_rows
@@ -113,12 +125,10 @@ def capped(score, count, limit):
     kept = []
     for place in score.flatten().argsort(descending=True).tolist():
         row, column = divmod(place, n_columns)
-        if room_of_row[row] and room_of_column[column]:
+        if len(kept) < count and room_of_row[row] and room_of_column[column]:
             room_of_row[row] -= 1
             room_of_column[column] -= 1
             kept.append(place)
-            if len(kept) == count:
-                break
     return torch.tensor(sorted(kept))
 
 
@@ -129,32 +139,16 @@ def grad_capped(model, batches, density, limit):
     return speft.sparsify(model, indices)
 
 
-def agreed(model, batches, density):
-    """In each layer the entries on whose gradient the examples agree: its mean over its root mean square."""
-    single = [tuple(part[n : n + 1] for part in batch) for batch in batches for n in range(len(batch[0]))]
-    mean = speft.salience(model, "grad", batches, GPT.sample_losses)
-    square = speft.salience(model, "fisher", single, GPT.sample_losses)
-    scores = {name: mean[name] / square[name].sqrt().clamp(min=1e-30) for name in mean}
-    return within_layers(model, scores, density)
+# --- masks for `baselines.relative`, which gives each layer a rate by the size of its weights ---
 
 
-# --- rates of layers and of entries ---
-
-
-def local_random(model, batches, density):
+def random_mask(model, batches, density):
     """{layer: indices} of random entries, the same share of every layer."""
     return speft.select(speft.salience(model, "random", batches, None), density, "local")
 
 
-def local_block(model, batches, density):
+def block_mask(model, batches, density):
     return baselines.block_mask(model, density)
-
-
-def by_metric(model, batches, density, metric):
-    """What train.py trains by this metric."""
-    return speft.sparsify(
-        model, speft.select(speft.salience(model, metric, batches, GPT.sample_losses), density, "global")
-    )
 
 
 # --- beyond the linear layers' weights ---
@@ -180,13 +174,16 @@ RECIPES = {
     "largest entries of a block": functools.partial(within_block, spread=8, score=torch.abs),
     "grad capped": functools.partial(grad_capped, limit=2),
     "entries of agreed gradient": agreed,
-    "random at layers' rates": functools.partial(baselines.relative, mask=local_random),
-    "block at layers' rates": functools.partial(baselines.relative, mask=local_block),
+    "random at layers' rates": functools.partial(baselines.relative, mask=random_mask),
+    "block at layers' rates": functools.partial(baselines.relative, mask=block_mask),
+    "block, norms and biases": functools.partial(with_norms_and_biases, method=baselines.block),
+}
+# Masks that are trained with another optimizer than AdamW, see studies.py.
+OTHERWISE_TRAINED = {
     "grad by momentum": functools.partial(by_metric, metric="grad"),
     "random by momentum": functools.partial(by_metric, metric="random"),
     "magnitude by momentum": functools.partial(by_metric, metric="magnitude"),
     "grad moved entries by momentum": functools.partial(baselines.moved, lines=False),
     "grad, a moment a layer": functools.partial(by_metric, metric="grad"),
     "random, a moment a layer": functools.partial(by_metric, metric="random"),
-    "block, norms and biases": functools.partial(with_norms_and_biases, method=baselines.block),
 }

@@ -20,7 +20,8 @@ ADAPT = {  # method: what takes the place of scoring and masking
     "grad moved entries": functools.partial(baselines.moved, lines=False),
     "grad after a warm-up": baselines.warmed,
     "grad at layers' rates": baselines.relative,
-} | recipes.RECIPES
+}
+ADAPT |= recipes.RECIPES | recipes.OTHERWISE_TRAINED
 OPTIMIZERS = {  # method: what takes AdamW's place
     "grad by momentum": optimizers.momentum,
     "random by momentum": optimizers.momentum,
@@ -34,9 +35,10 @@ RATES = [f"{digit}e{power}" for power in range(-6, 3) for digit in (1, 3)]
 # The rate to try first, by method or metric, and of all others by study.
 START = {"lora": "1e-2", "pissa": "3e-3", "full": "3e-4", "random": "3e-2", "magnitude": "3e-2"}
 START |= {"random block": "3e-2", "grad moved lines": "1e-2", "grad moved entries": "1e-2"}
-START |= dict.fromkeys(OPTIMIZERS, "1e0") | dict.fromkeys(recipes.RECIPES, "3e-2")
-START |= {"grad capped": "1e-2", "grad, a moment a layer": "1e-2", "grad by momentum": "3e-1"}
-START |= {"random by momentum": "3e0", "magnitude by momentum": "3e0", "random, a moment a layer": "3e-2"}
+START |= dict.fromkeys(recipes.RECIPES, "3e-2") | {"grad capped": "1e-2"}
+START |= {"grad by momentum": "3e-1", "random by momentum": "3e0", "magnitude by momentum": "3e0"}
+START |= {"grad moved entries by momentum": "1e0"}
+START |= {"grad, a moment a layer": "1e-2", "random, a moment a layer": "3e-2"}
 START |= {"prose": "1e-2", "smollm2": "3e-3", "sentiment": "3e-3"}
 
 
@@ -111,7 +113,7 @@ STUDIES = {
             + [setting("grad at layers' rates"), setting("random block")]
             + [setting(method) for method in OPTIMIZERS]
         ),
-        candidates=[setting(method) for method in recipes.RECIPES if method not in OPTIMIZERS]
+        candidates=[setting(method) for method in recipes.RECIPES]
         # at the price of LoRA's step, or below it
         + [setting("random block", d) for d in (0.03, 0.1, 0.2)]
         + [setting("random columns", d) for d in (0.03, 0.1)]
