@@ -53,7 +53,11 @@ def command(study, cell, out):
 
 
 def run_here(study, cell):
-    """Run a cell in this process; returns its line of the results file."""
+    """Run a cell in this process; returns its line of the results file.
+
+    For the time of the run what train.py calls AdamW is the method's optimizer, and the model that it loads is
+    kept, so that more can be measured of it.
+    """
     adapt = ADAPT.get(cell["method"])
     if adapt:
         adapt = functools.partial(adapt, density=cell["density"])
@@ -173,7 +177,6 @@ def main():
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time; 0: only the table")
     parser.add_argument("--only", default=".*", help="settings to run: a regular expression for the name")
-    parser.add_argument("--tune", action="store_true", help="only find the rates, on the first seed")
     parser.add_argument("--rerun", type=int, help="number of a row of the results file to run again")
     args = parser.parse_args()
     results = Results(args.study)
@@ -192,8 +195,7 @@ def main():
             ]  # fmt: skip
             list(pool.map(results.get, swept))
             tuned = [(chosen, seeds) for chosen, seeds in study.runs() if wanted(name_of(chosen))]
-            finish = (lambda run: tune(results, run[0])) if args.tune else lambda run: complete(results, *run)
-            list(pool.map(finish, tuned))
+            list(pool.map(lambda run: complete(results, *run), tuned))
     print("\n".join(table_lines([row for row in summaries(results) if wanted(name_of(row))])))
 
 
