@@ -32,7 +32,7 @@ METHODS = ADAPT | {
     "random": functools.partial(recipes.by_metric, metric="random"),
 }
 LORA = "lora", 0.01
-PRICED = [LORA, ("full", 1.0)]
+PRICED = [LORA, ("lora", 0.03), ("full", 1.0)]
 PRICED += [("random block", density) for density in (0.01, 0.03, 0.1, 0.2)]
 PRICED += [("random columns", density) for density in (0.01, 0.03, 0.1)]
 PRICED += [("grad", density) for density in (0.01, 0.03, 0.1)]
