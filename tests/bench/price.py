@@ -2,7 +2,8 @@
 
     python tests/bench/price.py [--model base]
 
-The variants take turns in one process, step by step, and ratios are taken pair by pair, as in step.py; peaks
+The variants take turns in one process, step by step, and ratios are taken pair by pair, as in step.py. The
+seconds are the processor's, of one thread, so that other work beside it counts less than on the clock. Peaks
 are those of fresh processes that take three steps. Rows are appended to data/results/price.jsonl.
 """
 
@@ -79,14 +80,15 @@ def main():
     args = parser.parse_args()
     if args.only is not None:
         return print(own_peak(args))
+    torch.set_num_threads(1)
     model, batches = load(args)
     ready = {priced: prepare(model, batches, *priced) for priced in PRICED}
     times = {priced: [] for priced in PRICED}
     for repetition in range(args.repetitions + 2):  # the first two warm up
         for priced, (copied, optimizer) in ready.items():
-            start = time.perf_counter()
+            start = time.process_time()
             step.step(copied, optimizer, batches[repetition % len(batches)])
-            times[priced].append(time.perf_counter() - start)
+            times[priced].append(time.process_time() - start)
     for number, (priced, seconds) in enumerate(times.items()):
         pairs = list(zip(seconds, times[LORA]))[2:]
         argv = [sys.executable, __file__, "--only", str(number)]
