@@ -93,7 +93,7 @@ ADAPT = {
 @pytest.mark.parametrize("kind", ADAPT)
 def test_training_and_resuming_from_the_cpu_agree(kind, monkeypatch):
     base, examples = make(LLAMA)
-    args = types.SimpleNamespace(**vars(train.parse_args([])))
+    args = types.SimpleNamespace(**vars(data.parse_args([], speft.METRICS)))
     args.steps, args.batch_size, args.score_examples, args.density = 4, 2, 4, 0.05
     args.mask, args.refresh, args.checkpoint_every = "dynamic" if kind == "dynamic" else "static", 2, 3
     saved = {}

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
 import baselines  # noqa: E402
 import speft  # noqa: E402
+import train  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 
@@ -101,3 +102,16 @@ def test_layers_rates_are_relative_to_their_weights(seed):
         weights = (model.get_submodule(name).weight.data for model in (base, plain, scaled))
         before, once, other = (weight.view(-1)[index] for weight in weights)
         torch.testing.assert_close(other - before, (once - before) * sizes[name] / mean, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", baselines.METHODS)
+def test_a_baseline_has_train_pys_flags_files_and_a_merged_model(tmp_path, method):
+    flags = "--device cpu --steps 2 --batch-size 2 --seq-len 32 --score-examples 2 --eval-examples 2 --lr 1e-2"
+    folders = f"--out {tmp_path / 'out'} --merge {tmp_path / 'merged'} --density 0.02"
+    result = baselines.main([method, *flags.split(), *folders.split()])
+    assert result["steps_done"] == 2 and 80_000 < result["trained"] < 110_000
+    assert {"log.jsonl", "result.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    again = train.main([*flags.split(), "--method", "none", "--model", str(tmp_path / "merged"),
+                        "--out", str(tmp_path / "again")])  # fmt: skip
+    assert again["val_before"] == pytest.approx(result["val_after"], abs=1e-4)
+    assert abs(result["val_after"] - result["val_before"]) > 1e-3

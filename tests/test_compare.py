@@ -6,14 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
 import compare  # noqa: E402
+import data  # noqa: E402
+import studies  # noqa: E402
+import summaries  # noqa: E402
 
 
 class Study:
-    """Cells whose validation loss is `loss(rate, seed)`, and a count of those that were run."""
+    """Cells whose validation loss is `loss(rate, seed)`, or that of their method; and those that were run."""
 
     def __init__(self, monkeypatch, folder, loss):
         self.ran, self.loss = [], loss
@@ -24,7 +28,8 @@ class Study:
     def run(self, study, cell):
         self.ran.append(cell)
         rate = float(cell["lr"])
-        loss = self.loss(rate, cell["seed"])
+        of_method = self.loss[cell["method"]] if isinstance(self.loss, dict) else self.loss
+        loss = of_method(rate, cell["seed"])
         if loss is None:
             return cell | {"lr": rate, "failed": "not finite"}
         measured = dict.fromkeys(("source_before", "step_seconds", "score_seconds"), 1.0)
@@ -34,47 +39,80 @@ class Study:
 
 @pytest.mark.parametrize("best", ("3e-5", "1e-3", "1e-2", "1e-1"))
 def test_the_best_rate_is_found_and_lies_inside_the_grid(tmp_path, monkeypatch, capsys, best):
-    far = compare.RATES.index(best)
-    study = Study(monkeypatch, tmp_path, lambda rate, _: abs([*map(float, compare.RATES)].index(rate) - far))
+    far = studies.RATES.index(best)
+    study = Study(monkeypatch, tmp_path, lambda rate, _: abs([*map(float, studies.RATES)].index(rate) - far))
     results = compare.Results("prose")
-    assert compare.tune(results, compare.sparse("grad")) == best
+    assert compare.tune(results, studies.sparse("grad"))[0] == best
     tried = {row["lr"] for row in results.rows}
     assert min(tried) < float(best) < max(tried)
     assert len(study.ran) == len(tried)  # none of them twice
 
 
-def test_an_interrupted_study_goes_on_and_its_table_holds_only_what_is_complete(
-    tmp_path, monkeypatch, capsys
-):
+def test_an_interrupted_study_goes_on_and_its_table_counts_seeds(tmp_path, monkeypatch, capsys):
     def loss(rate, seed):
         return None if rate > 0.02 else abs(rate - 0.01) + seed / 10
 
-    chosen = compare.sparse("grad")
+    chosen = studies.sparse("grad")
     study = Study(monkeypatch, tmp_path, loss)
+    compare.Results("prose").get(chosen | {"seed": 0, "lr": "1e-2"})
+    compare.Results("prose").get(chosen | {"seed": 0, "lr": "3e-2"})
+    assert summaries.summaries(compare.Results("prose")) == []  # a lower rate may be better
     compare.tune(compare.Results("prose"), chosen)
-    assert compare.summaries(compare.Results("prose")) == []
+    (summary,) = summaries.summaries(compare.Results("prose"))
+    assert summary["seeds"] == 1 and summary["test_after"] == (1.0, None)
     compare.complete(compare.Results("prose"), chosen, (0, 1, 2))
     assert [(cell["lr"], cell["seed"]) for cell in study.ran] == [
-        ("1e-2", 0), ("3e-3", 0), ("3e-2", 0), ("1e-2", 1), ("1e-2", 2)
+        ("1e-2", 0), ("3e-2", 0), ("3e-3", 0), ("1e-2", 1), ("1e-2", 2)
     ]  # fmt: skip
-    (summary,) = compare.summaries(compare.Results("prose"))
+    (summary,) = summaries.summaries(compare.Results("prose"))
     error = statistics.stdev((1.0, 1.1, 1.2)) / 3**0.5
-    assert summary["lr"] == 0.01 and summary["test_after"] == pytest.approx((1.1, error))
+    assert summary["seeds"] == 3 and summary["lr"] == 0.01
+    assert summary["test_after"] == pytest.approx((1.1, error))
     assert summary["forgetting"] == pytest.approx((2.1, error))
     lines = (tmp_path / "data/results/prose.jsonl").read_text().splitlines()
-    assert len(lines) == 5 and "failed" in json.loads(lines[2])
+    assert len(lines) == 5 and "failed" in json.loads(lines[1])
+
+
+@pytest.mark.parametrize("behind", (-0.1, 0.019, 0.021, 1.0))
+def test_only_candidates_within_reach_of_lora_run_with_all_seeds(tmp_path, monkeypatch, capsys, behind):
+    candidate = studies.STUDIES["prose"].candidates[0]
+    losses = {"lora": lambda rate, seed: abs(rate - 0.01)}
+    losses[candidate["method"]] = lambda rate, seed: abs(rate - 0.03) + behind
+    study = Study(monkeypatch, tmp_path, losses)
+    compare.complete(compare.Results("prose"), candidate, (0, 1, 2))
+    ran = [cell["seed"] for cell in study.ran if cell["method"] == candidate["method"]]
+    assert ran == ([0, 0, 0, 1, 2] if behind < studies.REACH else [0, 0, 0])
+    assert {cell["seed"] for cell in study.ran if cell["method"] == "lora"} == {0}
+
+
+def test_differences_from_lora_are_taken_seed_by_seed(tmp_path, monkeypatch, capsys):
+    losses = {
+        "lora": lambda rate, seed: abs(rate - 0.01) + (0.1, 0.5, 0.3)[seed],
+        "sparse": lambda rate, seed: abs(rate - 0.01) + (0.2, 0.55, 0.45)[seed],
+    }
+    Study(monkeypatch, tmp_path, losses)
+    results = compare.Results("prose")
+    for chosen in (studies.setting("lora"), studies.sparse("grad"), studies.sparse("grad", density=0.03)):
+        compare.complete(results, chosen, (0, 1, 2))
+    table = {(row["method"], row["density"]): row for row in summaries.summaries(results)}
+    apart = (0.1, 0.05, 0.15)
+    wanted = statistics.fmean(apart), statistics.stdev(apart) / 3**0.5
+    assert table["sparse", 0.01]["from_lora"]["test_after"] == pytest.approx(wanted)
+    assert table["sparse", 0.03]["from_lora"] == {}  # no LoRA of that size
+    assert "from_lora" not in table["lora", 0.01]
+    assert "+0.100 ± 0.029" in summaries.table_lines([table["sparse", 0.01]])[-1]
 
 
 def test_a_seed_that_diverges_is_counted_and_named(tmp_path, monkeypatch, capsys):
     def loss(rate, seed):
         return None if seed == 2 else abs(rate - 0.01) + seed / 10
 
-    chosen = compare.sparse("grad")
+    chosen = studies.sparse("grad")
     Study(monkeypatch, tmp_path, loss)
     compare.complete(compare.Results("prose"), chosen, (0, 1, 2))
-    (summary,) = compare.summaries(compare.Results("prose"))
+    (summary,) = summaries.summaries(compare.Results("prose"))
     assert summary["test_after"] == pytest.approx((1.05, 0.05))
-    assert "(1 seeds diverged)" in compare.table_lines([summary])[-1]
+    assert "(1 seeds diverged)" in summaries.table_lines([summary])[-1]
 
 
 def test_a_single_seed_has_no_error_and_a_task_has_its_exact_match(tmp_path, monkeypatch, capsys):
@@ -83,19 +121,41 @@ def test_a_single_seed_has_no_error_and_a_task_has_its_exact_match(tmp_path, mon
     strict = {"exact_match_after": {"strict": 0.125}}
     monkeypatch.setattr(compare, "run_cell", lambda name, cell: run(name, cell) | strict)
     results = compare.Results("smollm2")
-    compare.complete(results, *compare.runs("smollm2")[-1])
-    header, _, line = compare.table_lines(compare.summaries(results))
+    compare.complete(results, *studies.STUDIES["smollm2"].runs()[-1])
+    header, _, line = summaries.table_lines(summaries.summaries(results))
     told = dict(zip(header.strip("| ").split(" | "), line.strip("| ").split(" | ")))
     assert told["exact match"] == "12.5%" and told["learning rate"] == "0.003"
     assert told["test loss"] == "1.000" and told["forgetting"] == "2.000"
 
 
-@pytest.mark.parametrize("name", compare.STUDIES)
+@pytest.mark.parametrize("name", studies.STUDIES)
 def test_every_cell_is_a_command_that_train_accepts(name):
     import train
 
-    for chosen, _ in compare.runs(name):
+    for chosen, _ in studies.STUDIES[name].runs():
         args = train.parse_args(compare.command(name, chosen | {"seed": 1, "lr": "3e-3"}, "x"))
         assert args.seed == 1 and args.lr == 3e-3
         assert args.method == ("full" if chosen["method"] == "full" else "sparse")
         assert args.metric == (chosen["metric"] or "grad")
+
+
+def test_a_cell_has_its_own_optimizer_and_measures_the_trained_model(monkeypatch):
+    def measure(model, tokenizer):
+        examples = data.load_examples("prose", tokenizer, 32, only=["val"])["val"]
+        return {"loss": model.mean_loss(examples.spread(2, 2))}
+
+    made = []
+
+    def optimizer(params, **adamw):
+        made.append(torch.optim.SGD(params, lr=0.0))
+        return made[-1]
+
+    adamw = torch.optim.AdamW
+    flags = "--device cpu --steps 2 --batch-size 2 --seq-len 32 --eval-examples 2 --eval-every 1"
+    monkeypatch.setitem(studies.STUDIES, "tiny", studies.Study(flags, studies.setting("lora"), measure=measure))
+    monkeypatch.setitem(studies.OPTIMIZERS, "lora", optimizer)
+    row = compare.run_here("tiny", studies.setting("lora") | {"seed": 1, "lr": "1e0"})
+    assert len(made) == 1 and torch.optim.AdamW is adamw
+    assert row["answers"]["loss"] == row["val_after"] != row["val_before"]
+    assert [step for step, _ in row["curve"]] == [1, 2] and row["curve"][-1][1] == row["val_after"]
+    assert row["study"] == "tiny" and "out" not in row

@@ -15,7 +15,6 @@ import torch
 import data
 import speft
 import train
-from model import GPT
 
 ROOT = Path(__file__).parent.parent
 COLORS = "red blue green white black brown".split()
@@ -57,7 +56,7 @@ def test_a_rule_is_learned_from_two_hundred_prompts_and_used_from_the_command_li
     assert not any(said.startswith(right) for right, said in answers_in(before))
     assert all(right == said for right, said in answers_in(after))
 
-    tokenizer, model = data.load_tokenizer("base"), GPT.from_pretrained("base")
+    tokenizer, model = data.load_tokenizer("base"), data.load_model("base")
     test = data.load_examples(str(rule), tokenizer, 64, only=["test"])["test"]
     found = data.accuracy(data.answer(model, test.questions(64), tokenizer, 32))
     assert found["exact"] < 0.2 and found["examples"] == 20

@@ -14,7 +14,6 @@ from data import examples as examples_of_data
 from data.files import InputError
 from data.records import make_questions
 from data.tasks import final_number, mark
-from model import GPT
 
 WORDS = "the of a model is trained on some text that was read before and more".split()
 
@@ -156,7 +155,7 @@ def test_an_answer_has_room_for_twice_the_right_one_in_every_batch(tmp_path):
 
 
 def test_a_model_answers_as_if_each_question_stood_alone(tmp_path):
-    tokenizer, model = data.load_tokenizer("base"), GPT.from_pretrained("base")
+    tokenizer, model = data.load_tokenizer("base"), data.load_model("base")
     prompts = ["def main(", "import os\nimport s", "x = [1, 2, ", "class Foo:\n    def __init__("]
     said = []
     for prompt in prompts:  # what the model says is made the right answer of every other question

@@ -1,10 +1,15 @@
 """What sparse fine-tuning is compared with. All plugs into `train.main(argv, adapt=...)`.
 
+    python tests/bench/baselines.py lora --data my.jsonl --lr 1e-2   # and any other of train.py's flags
+
+The run leaves train.py's log.jsonl and result.json; --merge FOLDER writes the whole fine-tuned model.
+
 LoRA: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022 (arXiv 2106.09685).
 PiSSA: Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language
 Models", NeurIPS 2024 (arXiv 2404.02948).
 """
 
+import argparse
 import copy
 import functools
 import math
@@ -18,7 +23,9 @@ from torch.nn.utils import parametrize
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import data  # noqa: E402
 import speft  # noqa: E402
+import train  # noqa: E402
 from model import GPT  # noqa: E402
 
 
@@ -96,11 +103,11 @@ def gradient_mask(model, batches, density):
     return speft.select(speft.salience(model, "grad", batches, GPT.sample_losses), density, "global")
 
 
-def moved(model, batches, density, lines):
-    """Train the global gradient mask with its entries at random places of their layers: an ablation.
+def moved_mask(model, batches, density, lines):
+    """{layer: indices}: the global gradient mask with its entries at random places of their layers.
 
     lines: whole rows and columns change places, so that entries that shared one still do; otherwise every
-    entry moves by itself, and only the layers' densities are still the gradient's. Returns the deltas.
+    entry moves by itself, and only the layers' densities are still the gradient's.
     """
     indices = gradient_mask(model, batches, density)
     for name, index in indices.items():
@@ -111,7 +118,12 @@ def moved(model, batches, density, lines):
         else:
             places = torch.randperm(n_rows * n_columns)[: len(index)]
         indices[name] = places.sort().values
-    return speft.sparsify(model, indices)
+    return indices
+
+
+def moved(model, batches, density, lines):
+    """Train such a mask: an ablation. Returns the deltas."""
+    return speft.sparsify(model, moved_mask(model, batches, density, lines))
 
 
 def block_mask(model, density):
@@ -158,13 +170,13 @@ class Scaled(nn.Module):
         return self.scale * trained
 
 
-def relative(model, batches, density):
-    """Train the global gradient mask at a rate relative to the size of each layer's weights: an ablation.
+def relative(model, batches, density, mask=gradient_mask):
+    """Train a mask, by default the global gradient's, at a rate relative to the size of each layer's weights: an ablation.
 
     A layer's rate is multiplied by the root mean square of its weights over the mean of that of all layers.
     Returns what stands in for the deltas.
     """
-    speft.sparsify(model, gradient_mask(model, batches, density))
+    speft.sparsify(model, mask(model, batches, density))
     layers = [layer for layer in model.modules() if isinstance(layer, speft.SparseLinear)]
     sizes = torch.stack([layer.weight.data.float().square().mean().sqrt() for layer in layers])
     parameters = []
@@ -186,3 +198,28 @@ def merge(model):
 
 lora = functools.partial(adapt, principal=False)
 pissa = functools.partial(adapt, principal=True)
+METHODS = {"lora": lora, "pissa": pissa, "block": block}
+
+
+def main(argv=None):
+    """Train by one of METHODS with train.py's flags; returns what result.json holds."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("--merge", help="folder for the whole model")
+    mine, argv = parser.parse_known_args(argv)
+    args, adapted = data.parse_args(argv, speft.METRICS), []
+
+    def adapt_and_keep(model, batches):
+        adapted.append(model)
+        return METHODS[mine.method](model, batches, density=args.density)
+
+    result = train.main(argv, adapt_and_keep)
+    if mine.merge and adapted:
+        weights = speft.merge(merge(adapted[0])).state_dict()
+        data.check_folder("merge", mine.merge)
+        data.write_checkpoint(mine.merge, args.model, weights, getattr(torch, args.dtype))
+    return result
+
+
+if __name__ == "__main__":
+    main()

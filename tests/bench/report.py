@@ -1,9 +1,9 @@
-"""The README's tables and figures, made from the files in data/results/.
+"""The tables of the reports, made from the files in data/results/.
 
-    python tests/bench/report.py              # write the tables into README.md
+    python tests/bench/report.py              # write the tables into the reports
     python tests/bench/report.py --figures    # also draw data/results/*.png (needs matplotlib)
 
-A table stands in the README between <!-- name --> and <!-- end of name -->.
+A table stands in a report between <!-- name --> and <!-- end of name -->.
 """
 
 import argparse
@@ -17,9 +17,11 @@ RESULTS = ROOT / "data" / "results"
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import compare  # noqa: E402
-import torch  # noqa: E402
+import studies  # noqa: E402
+import summaries  # noqa: E402
+from studies import LONG, OPTIMIZERS, STUDIES, SWEPT, setting, sparse  # noqa: E402
 
-# --- tables ---
+REPORTS = (RESULTS / "README.md", ROOT / "tests" / "bench" / "README.md")
 
 
 def plain(table, **wanted):
@@ -27,29 +29,59 @@ def plain(table, **wanted):
     return [row for row in table if row["flags"] == "" and all(row[key] == wanted[key] for key in wanted)]
 
 
+def summary_of(study):
+    return summaries.summaries(compare.Results(study))
+
+
 def study_table(study):
     """The study's table, and what it took: every cell is a run of one thread."""
-    results = compare.Results(study)
-    hours = sum(row.get("seconds", 0) for row in results.rows) / 3600
-    took = f"{len(results.rows)} runs, {hours:.1f} hours of one core."
-    return [*compare.table_lines(compare.summaries(results)), "", took]
+    rows = compare.Results(study).rows
+    hours = sum(row.get("seconds", 0) for row in rows) / 3600
+    took = f"{len(rows)} runs, {hours:.1f} hours of one core."
+    return [*summaries.table_lines(summary_of(study)), "", took]
+
+
+def by_loss(table):
+    return summaries.table_lines(sorted(table, key=lambda row: row["test_after"]))
 
 
 def core_table(study, density):
     """Of the study's table full fine-tuning, and at this density the baselines and static global masks."""
-    table = compare.summaries(compare.Results(study))
+    table = summary_of(study)
     rows = plain(table, method="sparse", density=density, scope="global", mask="static")
     for method in ("lora", "pissa", "random block"):
         rows += plain(table, method=method, density=density)
-    rows += plain(table, method="full")
-    return compare.table_lines(sorted(rows, key=lambda row: row["test_after"]))
+    return by_loss(rows + plain(table, method="full"))
+
+
+def chosen_rows(study, settings):
+    """The rows of these settings, by their loss."""
+    wanted = [studies.name_of(chosen) + str(chosen["density"]) for chosen in settings]
+    rows = [row for row in summary_of(study) if studies.name_of(row) + str(row["density"]) in wanted]
+    return by_loss(rows)
+
+
+KNOWN = [setting("lora"), sparse("random"), sparse("grad"), sparse("grad", "local")]
+KNOWN += [sparse("magnitude"), sparse("magnitude", "local"), setting("random block")]
+
+
+def recipes_table():
+    """The candidates, and what they are to beat, at 1%."""
+    candidates = [chosen for chosen in STUDIES["prose"].candidates if chosen["density"] == 0.01]
+    return chosen_rows("prose", candidates + KNOWN)
+
+
+def optimizers_table():
+    """The same masks under other optimizers."""
+    adam = [sparse("grad"), sparse("random"), sparse("magnitude"), setting("grad moved entries")]
+    return chosen_rows("prose", adam + [setting(method) for method in OPTIMIZERS])
 
 
 def rates_table(study, settings):
-    """Validation loss on seed 0 by learning rate, and forgetting in brackets."""
+    """Validation loss on the first seed by learning rate, and forgetting in brackets."""
     results = compare.Results(study)
     tried = {row["lr"] for chosen in settings for row in results.find(chosen | {"seed": 0})}
-    rates = sorted(rate for rate in tried if rate >= 1e-4)
+    rates = sorted(rate for rate in tried if rate >= 5e-5)
     lines = ["| learning rate | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
     lines.append("| --- |" + " ---: |" * len(rates))
     for chosen in settings:
@@ -57,7 +89,7 @@ def rates_table(study, settings):
         if not rows:
             continue
         cells = [told(rows[rate]) if rate in rows else "" for rate in rates]
-        lines.append(f"| {compare.name_of(chosen)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {studies.name_of(chosen)} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -68,10 +100,76 @@ def told(row):
     return f"{row['val_after']:.3f} ({forgetting:.2f})"
 
 
+def read_rows(name):
+    """The rows of data/results/NAME.jsonl; none if there is no such file."""
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def cause_table():
+    """The loss along the entries of each mask, means over the seeds.
+
+    A parabola of slope a and curvature b falls by a² / 2b at its lowest point, a / b away.
+    """
+    head = ["mask of 1%", "seeds", "steepness", "curvature", "best distance", "gain", "gain as measured"]
+    head += ["gain of a gradient step", "mean diagonal", "directions"]
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
+    rows = read_rows("cause")
+    for mask in dict.fromkeys(row["mask"] for row in rows):
+        mine = [row for row in rows if row["mask"] == mask]
+        columns = zip(*([*along_a_step(row), row["diagonal"]] for row in mine))
+        means = [summaries.mean_and_error(column)[0] for column in columns]
+        measured = summaries.said(*summaries.mean_and_error([best_move(row) for row in mine]))
+        directions = summaries.mean_and_error([row["directions"] for row in mine])[0]
+        cells = [f"{mean:.2g}" for mean in means]
+        cells = [mask, str(len(mine)), *cells[:4], measured, *cells[4:], f"{directions:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def along_a_step(row):
+    """Of a step by the signs: steepness, curvature, best distance, gain; and the gain of a gradient step."""
+    slope, curvature = row["steepness"], row["along_signs"]
+    gain = row["entries"] * slope**2 / curvature / 2
+    return slope, curvature, slope / curvature, gain, row["power"] / row["along_gradient"] / 2
+
+
+def best_move(row):
+    """What the best of the distances tried gains, in nats."""
+    return row["moved"]["0.0"] - min(row["moved"].values())
+
+
+def price_table(model):
+    """What a step costs by method and density, and the test loss on prose where it was measured."""
+    head = ["method", "density", "step / LoRA's", "saved, MB", "peak, MB"]
+    results, with_loss = compare.Results("prose"), model == "base"
+    head += ["test loss on prose", "− LoRA's at 1%"] if with_loss else []
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
+    lora = summaries.best_runs(results, setting("lora"))
+    for row in [row for row in read_rows("price") if row["model"] == model]:
+        cells = [row["method"], f"{row['density']:g}", f"{row['ratio']:.2f}"]
+        cells += [megabytes(row["saved_bytes"]), megabytes(row["peak_memory_bytes"])]
+        if with_loss:
+            runs = summaries.best_runs(results, as_setting(row))
+            apart = summaries.differences(runs, lora).get("test_after")
+            losses = [one["test_after"] for one in runs.values() if "test_after" in one]
+            cells += [summaries.said(*summaries.mean_and_error(losses)) if losses else ""]
+            cells += [summaries.said(*apart, sign="+") if apart else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def as_setting(priced):
+    """The setting of the study `prose` that a row of price.py tells the price of."""
+    if priced["method"] in ("grad", "random"):
+        return sparse(priced["method"], density=priced["density"])
+    return setting(priced["method"], None if priced["method"] == "full" else priced["density"])
+
+
 def rows_of(benchmark, device):
-    """The rows of a benchmark's results that were measured on this kind of device."""
-    rows = map(json.loads, (RESULTS / f"{benchmark}.jsonl").read_text().splitlines())
-    return [row for row in rows if row.get("device", "cpu") == device]
+    """The rows of a benchmark's results that were measured on this kind of device, by the latest run."""
+    rows = [row for row in read_rows(benchmark) if row.get("device", "cpu") == device]
+    return [row for row in rows if row.get("run") != "earlier"]
 
 
 def megabytes(count):
@@ -86,21 +184,18 @@ def step_table(device, chosen=lambda row: True):
     for row in filter(chosen, rows_of("step", device)):
         ratios = [row["ratios"].get(name) for name in ("lora", "full", "frozen")]
         ratios = " | ".join("not timed" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
-        setting = f"{row['density']:g}, {row['mask']}"
-        setting += ", memory kept" if on_cpu and row["allocator"] != "default" else ""
-        setting += f", {row['model']}" if row["model"] != "smollm2" else ""
-        setting += f", {row['run']} run" if "run" in row else ""
+        named = f"{row['density']:g}, {row['mask']}"
+        named += ", memory kept" if on_cpu and row["allocator"] != "default" else ""
+        named += f", {row['model']}" if row["model"] != "smollm2" else ""
         counts = row["saved_bytes"], row["peak_memory_bytes"], row["page_faults"] * 4096
         cells = map(megabytes, counts if on_cpu else counts[:2])
-        lines.append(
-            f"| {setting} | {row['variant']} | {row['trained']:,} | {ratios} | {' | '.join(cells)} |"
-        )
+        lines.append(f"| {named} | {row['variant']} | {row['trained']:,} | {ratios} | {' | '.join(cells)} |")
     return lines
 
 
 def at_one_percent(row):
     """The rows for a first look: all variants with the gradient's 1%, and this project's layer otherwise."""
-    if row["allocator"] != "default" or "run" in row:
+    if row["allocator"] != "default":
         return False
     return (row["mask"], row["density"]) == ("grad", 0.01) or row["variant"].startswith("cover")
 
@@ -117,10 +212,18 @@ def score_table(device):
 
 
 TABLES = {
-    "rates": lambda: rates_table("prose", [*compare.SWEPT, compare.setting("full", None)]),
+    "rates": lambda: rates_table("prose", [*SWEPT, setting("full", None)]),
     "prose at 1%": lambda: core_table("prose", 0.01),
     "prose": lambda: study_table("prose"),
-    "smollm2 rates": lambda: rates_table("smollm2", [chosen for chosen, _ in compare.runs("smollm2")]),
+    "long": lambda: rates_table("long", LONG),
+    "recipes": recipes_table,
+    "optimizers": optimizers_table,
+    "cause": cause_table,
+    "price": lambda: price_table("base"),
+    "price on smollm2": lambda: price_table("smollm2"),
+    "sentiment": lambda: study_table("sentiment"),
+    "sentiment rates": lambda: rates_table("sentiment", [one for one, _ in STUDIES["sentiment"].runs()]),
+    "smollm2 rates": lambda: rates_table("smollm2", [one for one, _ in STUDIES["smollm2"].runs()]),
     "smollm2": lambda: study_table("smollm2"),
     "step at 1%": lambda: step_table("cpu", at_one_percent),
     "step": lambda: step_table("cpu"),
@@ -131,153 +234,30 @@ TABLES = {
 }
 
 
-def with_tables(readme):
-    """The README's text with every table made anew."""
-    for name, make in TABLES.items():
+def with_tables(text):
+    """A report's text with every table in it made anew. Raises SystemExit for a name that is no table's."""
+    for name in re.findall(r"<!-- (?!end of )(.+?) -->", text):
+        if name not in TABLES:
+            raise SystemExit(f"there is no table {name}")
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        if begin not in readme:
-            raise SystemExit(f"README.md has no place {begin}")
         between = re.compile(f"(?<={re.escape(begin)}\n).*?(?={re.escape(end)})", re.S)
-        readme = between.sub(lambda _: "\n" + "\n".join(make()) + "\n\n", readme)
-    return readme
-
-
-# --- figures ---
-
-
-def quality_against_density(axes, results, table):
-    """Test loss over the number of trained weights."""
-    groups = {
-        "grad": plain(table, metric="grad", scope="global", mask="static"),
-        "random": plain(table, metric="random", scope="global", mask="static"),
-        "LoRA": plain(table, method="lora"),
-        "PiSSA": plain(table, method="pissa"),
-        "full": plain(table, method="full"),
-    }
-    for label, rows in groups.items():
-        rows.sort(key=lambda row: row["trained"])
-        losses, errors = zip(*(row["test_after"] for row in rows))
-        axes.errorbar([row["trained"] for row in rows], losses, errors, marker="o", label=label)
-    axes.set(xscale="log", xlabel="trained weights", ylabel="test loss, nats a token")
-    axes.legend()
-
-
-def by_rate(results):
-    """{label: the rows of seed 0 by learning rate}, without the runs that ended worse than they began."""
-    density = compare.GSM if results.study == "smollm2" else 0.01
-    chosen = {
-        "grad": compare.sparse("grad", density=density),
-        "random": compare.sparse("random", density=density),
-        "LoRA": compare.setting("lora", density),
-        "PiSSA": compare.setting("pissa", density),
-        "full": compare.setting("full", None),
-    }
-    rows = {label: results.find(one | {"seed": 0}) for label, one in chosen.items()}
-    for label, found in rows.items():
-        found = [row for row in found if "val_after" in row and row["val_after"] < row["val_before"]]
-        rows[label] = sorted(found, key=lambda row: row["lr"])
-    return rows
-
-
-def quality_against_rate(axes, results, table):
-    """Validation loss over the learning rate."""
-    for label, rows in by_rate(results).items():
-        axes.plot([row["lr"] for row in rows], [row["val_after"] for row in rows], marker="o", label=label)
-    axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss, nats a token")
-    axes.legend()
-
-
-def quality_against_forgetting(axes, results, table):
-    """Validation loss over forgetting, a line through each method's rates."""
-    for label, rows in by_rate(results).items():
-        forgetting = [row["source_after"] - row["source_before"] for row in rows]
-        axes.plot(forgetting, [row["val_after"] for row in rows], marker="o", label=label)
-    axes.set(xlabel="forgetting, nats a token", ylabel="validation loss, nats a token")
-    axes.legend()
-
-
-def metrics(axes, results, table):
-    """Test loss by metric, scope and mask."""
-    kinds = [(scope, mask) for scope in ("global", "local") for mask in ("static", "dynamic")]
-    for shift, (scope, mask) in enumerate(kinds):
-        rows = plain(table, method="sparse", density=0.01, scope=scope, mask=mask)
-        places = [compare.METRICS.index(row["metric"]) + (shift - 1.5) / 5 for row in rows]
-        if rows:
-            losses, errors = zip(*(row["test_after"] for row in rows))
-            axes.errorbar(places, losses, errors, fmt="o", label=f"{scope}, {mask}")
-    axes.set(ylabel="test loss, nats a token")
-    axes.set_xticks(range(len(compare.METRICS)), compare.METRICS, rotation=30)
-    axes.legend()
-
-
-def masks():
-    """Where each metric puts its 1% in the base: layers x kinds, and one layer's mask as a picture."""
-    import data
-    import speft
-    from model import GPT
-
-    model = data.load_model("base")
-    train = data.load_examples("prose", data.load_tokenizer("base"), 128)["train"]
-    batches = train.draw(0, 64, 1, 8)
-    chosen = {}
-    for metric in compare.METRICS:
-        torch.manual_seed(0)
-        scores = speft.salience(model, metric, batches, GPT.sample_losses)
-        indices = speft.select(scores, 0.01, "global")
-        chosen[metric] = {
-            name: torch.zeros(scores[name].shape).view(-1).index_fill(0, index, 1).view_as(scores[name])
-            for name, index in indices.items()
-        }
-    return chosen
-
-
-def draw_masks(plt):
-    chosen = masks()
-    figure, axes = plt.subplots(2, len(chosen), figsize=(2.2 * len(chosen), 6), layout="constrained")
-    for (metric, mask), (above, below) in zip(chosen.items(), axes.T):
-        kinds = list(dict.fromkeys(name.split(".", 2)[2] for name in mask))
-        share = torch.tensor([100 * float(part.mean()) for part in mask.values()]).view(-1, len(kinds))
-        picture = above.imshow(share, vmin=0)
-        above.set_title(metric)
-        above.set_xticks(range(len(kinds)), kinds, rotation=90)
-        figure.colorbar(picture, ax=above, orientation="horizontal", label="% trained")
-        below.imshow(mask["blocks.3.attn.v"], cmap="gray_r", interpolation="antialiased")
-    axes[0, 0].set_ylabel("block")
-    axes[1, 0].set_ylabel("blocks.3.attn.v: outputs x inputs")
-    figure.savefig(RESULTS / "masks.png", dpi=80)
-
-
-def draw():
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("the figures need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    for name, study, paint in (
-        ("quality_against_density", "prose", quality_against_density),
-        ("quality_against_rate", "prose", quality_against_rate),
-        ("quality_against_rate_smollm2", "smollm2", quality_against_rate),
-        ("quality_against_forgetting", "prose", quality_against_forgetting),
-        ("quality_against_forgetting_smollm2", "smollm2", quality_against_forgetting),
-        ("metrics", "prose", metrics),
-    ):
-        results = compare.Results(study)
-        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        paint(axes, results, compare.summaries(results))
-        figure.savefig(RESULTS / f"{name}.png", dpi=80)
-    draw_masks(plt)
+        made = "\n" + "\n".join(TABLES[name]()) + "\n\n"
+        text, found = between.subn(lambda _: made, text)
+        if found != 1:
+            raise SystemExit(f"{begin} has no {end}")
+    return text
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--figures", action="store_true", help="draw the figures as well")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text()))
+    for path in REPORTS:
+        path.write_text(with_tables(path.read_text()))
     if args.figures:
-        draw()
+        import figures  # needs matplotlib
+
+        figures.draw()
 
 
 if __name__ == "__main__":
