@@ -315,11 +315,6 @@ class GPT(nn.Module):
         return self(*batch, reduction="none")[1]
 
     @torch.no_grad()
-    def mean_loss(self, batches):
-        """The mean loss of all samples in `batches`, in nats a token."""
-        return torch.cat([self.sample_losses(batch) for batch in batches]).mean().item()
-
-    @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=0, top_k=None, stop=(), lengths=None):
         """Continue every prompt of idx (B, T) by max_new_tokens; returns prompts and continuations.
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
 import compare  # noqa: E402
 import data  # noqa: E402
+import speft  # noqa: E402
 import studies  # noqa: E402
 import summaries  # noqa: E402
 
@@ -130,10 +131,8 @@ def test_a_single_seed_has_no_error_and_a_task_has_its_exact_match(tmp_path, mon
 
 @pytest.mark.parametrize("name", studies.STUDIES)
 def test_every_cell_is_a_command_that_train_accepts(name):
-    import train
-
     for chosen, _ in studies.STUDIES[name].runs():
-        args = train.parse_args(compare.command(name, chosen | {"seed": 1, "lr": "3e-3"}, "x"))
+        args = data.parse_args(compare.command(name, chosen | {"seed": 1, "lr": "3e-3"}, "x"), speft.METRICS)
         assert args.seed == 1 and args.lr == 3e-3
         assert args.method == ("full" if chosen["method"] == "full" else "sparse")
         assert args.metric == (chosen["metric"] or "grad")
@@ -142,7 +141,7 @@ def test_every_cell_is_a_command_that_train_accepts(name):
 def test_a_cell_has_its_own_optimizer_and_measures_the_trained_model(monkeypatch):
     def measure(model, tokenizer):
         examples = data.load_examples("prose", tokenizer, 32, only=["val"])["val"]
-        return {"loss": model.mean_loss(examples.spread(2, 2))}
+        return {"loss": data.mean_loss(model, examples.spread(2, 2))}
 
     made = []
 

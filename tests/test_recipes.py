@@ -216,7 +216,7 @@ def test_reviews_become_records_without_the_unclear_and_the_double(tmp_path, mon
 @pytest.mark.parametrize("seed", range(3))
 def test_forced_choice_is_that_of_one_prompt_after_the_other(seed):
     class Tokenizer:
-        special_tokens_set = {"<|endoftext|>"}
+        special_tokens_set, end = {"<|endoftext|>"}, None
 
         def encode_single_token(self, name):
             return 0

@@ -80,7 +80,7 @@ def moved_losses(model, indices, direction, batches):
         before = {name: model.get_submodule(name).weight.data.clone() for name in indices}
         for name, index in indices.items():
             model.get_submodule(name).weight.data.view(-1)[index] += parts[name]
-        losses[distance] = model.mean_loss(batches)
+        losses[distance] = data.mean_loss(model, batches)
         for name, weight in before.items():
             model.get_submodule(name).weight.data.copy_(weight)
     return losses

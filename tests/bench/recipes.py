@@ -11,6 +11,7 @@ random_columns: Woo et al., "PaCA: Partial Connection Adaptation for Efficient F
 import functools
 
 import baselines
+import data
 import speft
 import torch
 from model import GPT
@@ -55,7 +56,7 @@ def inputs_norms(model, batches):
 
     layers = speft.linear_layers(model).items()
     hooks = [layer.register_forward_pre_hook(functools.partial(look, name)) for name, layer in layers]
-    model.mean_loss(batches)
+    data.mean_loss(model, batches)
     for hook in hooks:
         hook.remove()
     return squares
