@@ -1,7 +1,8 @@
 """Merge lists as tiktoken's ranks: which bytes it joins first, so that the tokens are those of the list.
 
 Sources: the documentation of the tokenizers library, huggingface.co/docs/tokenizers, for what the lists mean;
-github.com/openai/gpt-2/blob/master/src/encoder.py for the byte alphabet; github.com/openai/tiktoken for ranks.
+github.com/openai/gpt-2/blob/master/src/encoder.py for the byte alphabet, github.com/openai/tiktoken for what
+ranks are.
 
 A list joins the pair of neighbours that comes first in it, the leftmost of several, again and again. tiktoken
 joins the neighbours whose joined bytes have the lowest rank, and never splits a piece that is a token. Both
@@ -36,7 +37,7 @@ def byte_level(path, model):
     if model.get("ignore_merges"):  # a piece that is a token is taken whole, whatever merging makes of it
         # In a longer piece tiktoken would join the two parts in which a token stays, too.
         if halved := [token for token, parts in unreached.items() if parts == 2]:
-            raise InputError(f"{path}: with ignore_merges, a merge must join the halves of {halved[0]!r:.100}")
+            raise InputError(f"{path}: with ignore_merges a merge must make {halved[0]!r:.100} of its halves")
         reached += unreached
     tokens = {meant[vocab[token]]: (vocab[token],) for token in reached if vocab[token] in meant}
     missing = {byte: () for byte in map(bytes, zip(range(256))) if byte not in tokens}
@@ -64,7 +65,7 @@ def sentencepiece(path, model):
     one_of(path, f"a token {SPACE}", SPACE in vocab, (True,))
     meant = {number: token.replace(SPACE, " ").encode() for token, number in vocab.items()}
     meant |= {vocab[name]: bytes([byte]) for name, byte in BYTES.items() if name in vocab}
-    # Merges make neither tokens with a space, since every space of a text becomes a SPACE, nor those of bytes.
+    # Merges make no token with a space, since every space of a text becomes a SPACE, and none of a byte.
     made = {token: number for token, number in vocab.items() if " " not in token and token not in BYTES}
     places, _ = place_tokens(path, made, model["merges"])
     chars = {meant[number]: number for token, number in made.items() if len(token) == 1}

@@ -30,9 +30,9 @@ class Encoding(tiktoken.Encoding):
     """A `tiktoken.Encoding` with what the tokenizers library does to a text before it is split and merged.
 
     tokens: {bytes: ids they stand for, often one} in the order in which they are merged; meant: {id: bytes};
-    added: a tokenizer.json's added tokens; normal(text): its normal form; prepare(text, first): what is split
-    of a normal form, `first` if nothing is before it; padded: whether one of these puts a space in front; end:
-    the name of the token that ends a text, if the checkpoint says so.
+    added: a tokenizer.json's added tokens; normal(text): its normal form; prepare(text, first): that as it is
+    split, `first` if nothing was before it; padded: whether one of these puts a space in front; end: the name
+    of the token that ends a text, if the checkpoint says so.
 
     As in tiktoken, special tokens are read from a text only where `encode` is told to. Other added tokens are
     part of the vocabulary and always read. This is what the tokenizers library does with
@@ -105,8 +105,8 @@ class Encoding(tiktoken.Encoding):
         else:
             # Bytes without a token vanish after the split; what was beside them may merge.
             pieces = (piece.group().encode() for piece in self.splitter.finditer(text))
-            pieces = (piece.translate(None, self.missing) for piece in pieces)
-            ranks = itertools.chain.from_iterable(self._encode_single_piece(piece) for piece in pieces if piece)
+            kept = filter(None, (piece.translate(None, self.missing) for piece in pieces))
+            ranks = itertools.chain.from_iterable(map(self._encode_single_piece, kept))
         return [number for rank in ranks for number in self.ids[rank]]
 
     @functools.cached_property
@@ -120,7 +120,7 @@ def _any_of(names):
 
 
 def _cut(text, tokens, pattern, plain):
-    """Cut `text` at the tokens {name: id} but those with ids in `plain`: pairs (text before it, [id] or [])."""
+    """Cut `text` at the tokens {name: id}, but for ids in `plain`: pairs (text before one, [id] or [])."""
     start = 0
     if not plain.issuperset(tokens.values()):
         for found in pattern.finditer(text):
@@ -149,7 +149,7 @@ def end_token(tokenizer):
     """The id of the token that ends a document; InputError if there is none."""
     name = _end_name(tokenizer.special_tokens_set, tokenizer.end)
     if name is None:
-        raise InputError(f"{tokenizer.name}: the tokenizer has no token to end a document, like <|endoftext|>")
+        raise InputError(f"{tokenizer.name}: the tokenizer has no token to end a document, like {ENDS[0]}")
     return tokenizer.encode_single_token(name)
 
 

@@ -1,4 +1,4 @@
-"""What the files of a tokenizer say, as a tokenizer.json and a tokenizer_config.json, without reading more into it.
+"""What the files of a tokenizer say, as what a tokenizer.json and a tokenizer_config.json would say.
 
 Source: the documentation of the transformers library, huggingface.co/docs/transformers, for what stands in
 tokenizer_config.json; github.com/ggml-org/ggml/blob/master/docs/gguf.md for the same in a .gguf file.
@@ -124,7 +124,7 @@ def _characters(vocab, merges, added, unknown, prefix):
 
 
 def _merges_by_score(tokens, scores, kinds):
-    """Every pair of tokens that makes a token, the one of the highest score first, then that of longer halves.
+    """Every pair of tokens that makes a token: those of the highest score first, then those of longer halves.
 
     Tokens of the user's come before the others, whatever their score: SentencePiece never splits them.
     """

@@ -11,7 +11,7 @@ import pytest
 
 from data.bpe import BYTES, merge_alone, place_tokens
 from data.files import InputError
-from data.tokenizer import load_tokenizer
+from data.tokenizer import end_token, load_tokenizer
 
 SPACE = "▁"
 WORDS = "▁the ▁then ▁is ▁▁ ▁▁▁▁ ▁a ▁an and ▁and the in ing 日本 ▁日本 éa ▁( \n\n ▁\n .. ... le ▁le".split(" ")
@@ -62,8 +62,9 @@ def describe(kind):
     added += [token(count, "<think>", special=False), token(count + 1, "</think>", special=False),
               token(count + 2, "<b>", special=False, normalized=True),
               token(vocab["\n\n"], "\n\n", special=False)]  # fmt: skip
-    return {"version": "1.0", "truncation": None, "padding": None, "post_processor": None, "decoder": None,
-            "normalizer": normalizer, "pre_tokenizer": splitter, "added_tokens": added, "model": model}  # fmt: skip
+    unused = dict.fromkeys(("truncation", "padding", "post_processor", "decoder"))
+    used = {"normalizer": normalizer, "pre_tokenizer": splitter, "added_tokens": added, "model": model}
+    return {"version": "1.0", **unused, **used}
 
 
 def load(folder, description):
@@ -72,7 +73,7 @@ def load(folder, description):
 
 
 def naive(text, model):
-    """The ids of one stretch of text: the first pair of the list that stands there, the leftmost, is joined."""
+    """The ids of one stretch of text: the first pair of the list is joined, the leftmost of several."""
     vocab, parts = model["vocab"], []
     for char in text:
         parts += [char] if char in vocab else [f"<0x{byte:02X}>" for byte in char.encode()]
@@ -110,7 +111,8 @@ def test_ids_are_the_library_s(kind, tmp_path):
 def test_equal_to_the_library(kind, tmp_path):
     library = pytest.importorskip("tokenizers").Tokenizer.from_str(json.dumps(describe(kind)))
     tokenizer, chance = load(tmp_path, describe(kind)), random.Random(1)
-    pieces = [*"the  in\n日本é語ü😀x▁.\t\0", "\n\n", "<s>", "</s>", "<think>", "</think>", "<b>", "<", " the", " a"]
+    names = ["\n\n", "<s>", "</s>", "<think>", "</think>", "<b>", "<"]
+    pieces = [*"the  in\n日本é語ü😀x▁.\t\0", *names, " the", " a"]
     for _ in range(300):
         text = some_text(chance, pieces)
         library.encode_special_tokens = True
@@ -119,7 +121,9 @@ def test_equal_to_the_library(kind, tmp_path):
         assert tokenizer.encode(text, allowed_special="all") == library.encode(text).ids
 
 
-@pytest.mark.parametrize(("kind", "back"), [("llama 2", " the"), ("gemma", " the"), ("metaspace always True", "the")])
+@pytest.mark.parametrize(
+    ("kind", "back"), [("llama 2", " the"), ("gemma", " the"), ("metaspace always True", "the")]
+)
 def test_a_leading_space_comes_back_where_the_file_keeps_it(kind, back, tmp_path):
     tokenizer = load(tmp_path, describe(kind))
     assert tokenizer.decode(tokenizer.encode_ordinary(" the")) == back
@@ -143,7 +147,8 @@ def random_merges(chance, full):
     """
     letters = "abc"
     words = ["".join(chance.choice(letters) for _ in range(chance.randint(2, 7))) for _ in range(30)]
-    tokens = list(dict.fromkeys([*letters, *words, *(word[:end] for word in words[:9] for end in range(2, 7))]))
+    prefixes = (word[:end] for word in words[:9] for end in range(2, 7))
+    tokens = list(dict.fromkeys([*letters, *words, *prefixes]))
     longer = [word for word in tokens if len(word) > 1]
     chance.shuffle(longer)
     pairs = [(word[:cut], word[cut:]) for word in longer for cut in range(1, len(word))]
@@ -168,7 +173,7 @@ def test_merges_are_placed_as_merging_alone_does():
 
 @pytest.mark.parametrize("ignore_merges", [False, True])
 def test_merges_in_any_order(ignore_merges, tmp_path):
-    """What is read makes the ids of a naive loop; with ignore_merges a whole piece that is a token is taken."""
+    """The ids are those of a naive loop; with ignore_merges a whole piece that is a token is taken."""
     chance, read, unreachable = random.Random(3), 0, 0
     for trial in range(60):
         vocab, merges = random_merges(chance, full=trial % 2)
@@ -181,7 +186,8 @@ def test_merges_in_any_order(ignore_merges, tmp_path):
             continue
         read += 1
         unreachable += len(place_tokens("it", vocab, merges)[1])
-        texts = ["".join(chance.choice("abc") for _ in range(chance.choice([3, 9, 40, 150]))) for _ in range(30)]
+        lengths = [3, 9, 40, 150] * 8
+        texts = ["".join(chance.choice("abc") for _ in range(length)) for length in lengths]
         for text in [*texts, *vocab]:
             whole = ignore_merges and text in vocab
             assert tokenizer.encode_ordinary(text) == ([vocab[text]] if whole else naive(text, model))
@@ -191,7 +197,7 @@ def test_merges_in_any_order(ignore_merges, tmp_path):
 BAD = [  # (what changes at the top, in the model, what the message names)
     ({}, {"ignore_merges": True}, "ignore_merges"),
     ({"normalizer": None}, {}, "spaces are replaced"),
-    ({"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": SPACE}}, {}, "pattern to replace"),
+    ({"normalizer": {**REPLACE, "pattern": {"String": "a"}}}, {}, "pattern to replace"),
     ({"normalizer": {**REPLACE, "content": "_"}}, {}, "replacement"),
     ({"normalizer": {"type": "NFKC"}}, {}, "NFKC"),
     ({"normalizer": {"type": "NFC"}}, {}, "spaces are replaced"),
@@ -226,7 +232,7 @@ def test_every_byte_needs_a_token(lacking, tmp_path):
 
 
 def test_added_tokens_are_read_from_plain_text_unless_special(tmp_path):
-    """The longest at a place, those of the raw text before those of its normal form; a special one hides none."""
+    """The longest at a place; those of the raw text before those of its normal form."""
     names = {"<x>": True, "<x>y": False, "ab": False, "abc": False, "c<x>": False, "yy": True, "y": False}
     chars = {char: i for i, char in enumerate("abcxyz<>")}
     number = {name: chars.get(name, 8 + i) for i, name in enumerate(names)}
@@ -251,6 +257,38 @@ def test_added_tokens_are_read_from_plain_text_unless_special(tmp_path):
         assert tokenizer.encode_ordinary(text) == library.encode(text).ids
         library.encode_special_tokens = False
         assert tokenizer.encode(text, allowed_special="all") == library.encode(text).ids
+
+
+@pytest.mark.parametrize("kind", ["llama 2", "gemma"])
+def test_gguf_has_scores_for_merges(kind, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    vocab = make()["vocab"]
+    own = [name for name in vocab if set(name) == {SPACE} and len(name) > 1]  # a user's: stored with spaces
+    kinds = {"<unk>": 2, "<s>": 3, "</s>": 3, "\n\n": 4} | dict.fromkeys(BYTES, 6) | dict.fromkeys(own, 4)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([name.replace(SPACE, " ") if name in own else name for name in vocab])
+    writer.add_token_scores([-1000.0 if name in own else -float(i) for name, i in vocab.items()])
+    writer.add_token_types([kinds.get(name, 1) for name in vocab])
+    writer.add_eos_token_id(2)
+    if kind == "gemma":
+        writer.add_add_space_prefix(False)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    description = describe(kind)
+    names = ("<unk>", "<s>", "</s>", "\n\n", *own)
+    description["added_tokens"] = [token(vocab[name], name, special=kinds[name] != 4) for name in names]
+    merges = description["model"]["merges"]
+    first = sorted((pair for pair in merges if "".join(pair) in own), key=lambda pair: -len(pair[0]))
+    description["model"]["merges"] = first + [pair for pair in merges if pair not in first]
+    stored, told = load_tokenizer(tmp_path / "model.gguf"), load(tmp_path, description)
+    chance = random.Random(4)
+    for text in [*TEXTS, *(some_text(chance, [*"the  in\n日本é語▁", "    ", "and"]) for _ in range(200))]:
+        assert stored.encode_ordinary(text) == told.encode_ordinary(text)
+        if kind == "gemma":  # Llama 2 puts a space before what follows an added token
+            assert stored.decode(stored.encode_ordinary(text)) == text.replace(SPACE, " ")
+    assert end_token(stored) == 2
 
 
 IDS = {

@@ -12,10 +12,11 @@ import pytest
 
 from data.files import InputError
 from data.bpe import ALPHABET
-from data.tokenizer import load_tokenizer, write_tokenizer
+from data.tokenizer import end_token, load_tokenizer, write_tokenizer
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "tokenizers.json").read_text())
 TEXTS = FIXTURE["texts"]
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
 def describe(name):
@@ -97,11 +98,52 @@ def test_tokens_that_merges_do_not_reach_are_not_encoded(tmp_path):
 
 
 def test_missing_bytes_are_left_out(tmp_path):
+    """They vanish from a piece after the split: its other bytes may merge across them."""
     description = describe("gpt2")
     spelled = {byte: char for char, byte in ALPHABET.items()}
     description["model"]["vocab"] = {token: i for token, i in FIXTURE["vocab"].items() if token != spelled[4]}
+    description["pre_tokenizer"] = splits("[a-z\x04]+")
     tokenizer = load_tokenizer(write(tmp_path, description))
     assert tokenizer.decode(tokenizer.encode("a\x04b")) == "ab"
+    assert tokenizer.encode("th\x04e") == tokenizer.encode("the") != tokenizer.encode("th e")
+    library = pytest.importorskip("tokenizers").Tokenizer.from_str(json.dumps(whole(description)))
+    chance = random.Random(5)
+    for _ in range(200):
+        text = "".join(chance.choice("the and\x04\x04 \x04") for _ in range(20))
+        assert tokenizer.encode(text) == library.encode(text).ids
+
+
+@pytest.mark.parametrize("name", FIXTURE["variants"])
+def test_long_texts_are_split_alike(name, tmp_path, monkeypatch):
+    """tiktoken's own matcher gives up in a long run, of white space for one, with a panic."""
+    tokenizer = load_tokenizer(write(tmp_path, describe(name)))
+    expected = tokenizer.encode_ordinary_batch(TEXTS)
+    run = " " * 1_000_000 + "x"
+    assert tokenizer.decode(tokenizer.encode_ordinary(run)) == run
+    monkeypatch.setattr("data.tokenizer.LONGEST", 1)
+    assert tokenizer.encode_ordinary_batch(TEXTS) == expected
+
+
+def splits(pattern, behavior="Isolated", invert=False):
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}
+    return {"type": "Sequence", "pretokenizers": [split, BYTES | {"use_regex": False}]}
+
+
+def whole(description):
+    """With the fields that the library wants to see."""
+    unused = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
+    return {"version": "1.0", **unused, **description}
+
+
+@pytest.mark.parametrize(("behavior", "invert"), [("Isolated", False), ("Isolated", True), ("Removed", True)])
+def test_what_becomes_of_the_rest_of_a_split(behavior, invert, tmp_path):
+    description = describe("gpt2") | {"pre_tokenizer": splits(r"[a-m]+|\d", behavior, invert)}
+    tokenizer = load_tokenizer(write(tmp_path, description))
+    kept = tokenizer.decode(tokenizer.encode("the 1 name"))
+    assert kept == ("he1ame" if behavior == "Removed" else "the 1 name")
+    library = pytest.importorskip("tokenizers").Tokenizer.from_str(json.dumps(whole(description)))
+    for text in TEXTS:
+        assert tokenizer.encode(text, allowed_special="all") == library.encode(text).ids
 
 
 def test_vocab_and_merges_files(tmp_path):
@@ -127,7 +169,6 @@ def test_copies(tmp_path):
     assert load_tokenizer(tmp_path / "copy").encode(TEXTS[0]) == FIXTURE["variants"]["digits"]["ids"][0]
 
 
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 WRONG = [  # (what changes at the top, what in the model, what the message names)
     ({}, {"type": "Unigram"}, "Unigram"),
     ({}, {"type": "WordPiece"}, "WordPiece"),
@@ -216,10 +257,101 @@ def test_changed_descriptions(tmp_path):
                     assert str(error).encode()  # it can be printed
 
 
-def test_sentencepiece_is_refused_by_name(tmp_path):
+def test_a_sentencepiece_file_is_refused_by_name(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a")
     with pytest.raises(InputError, match="SentencePiece"):
         load_tokenizer(tmp_path)
+
+
+def add(content, number=0, special=True):
+    return {"id": number, "content": content, "special": special}
+
+
+@pytest.mark.parametrize(
+    ("names", "said", "end"),
+    [
+        (["<|endoftext|>", "<|im_end|>"], None, "<|endoftext|>"),
+        (["<|endoftext|>", "<|im_end|>"], "<|im_end|>", "<|endoftext|>"),  # ends a turn, not a document
+        (["<|eot_id|>", "<|end_of_text|>"], {"content": "<|eot_id|>"}, "<|end_of_text|>"),
+        (["<eos>", "</s>", "<bos>"], "</s>", "</s>"),
+        (["<eos>", "<bos>"], None, "<eos>"),
+        (["<s>", "</s>"], None, "</s>"),
+        (["<|im_end|>"], None, "<|im_end|>"),
+        (["<END>", "</s>"], "<END>", "<END>"),
+        (["<END>"], None, None),
+    ],
+)
+def test_the_token_that_ends_a_document(names, said, end, tmp_path):
+    description = describe("gpt2")
+    description["model"] = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+    description["added_tokens"] = [add(name, 1 + i) for i, name in enumerate(names)]
+    if said is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": said}))
+    tokenizer = load_tokenizer(write(tmp_path, description))
+    if end is None:
+        with pytest.raises(InputError, match="end a document"):
+            end_token(tokenizer)
+        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [1, 0]}))
+        tokenizer, end = load_tokenizer(tmp_path), names[0]
+    assert end_token(tokenizer) == 1 + names.index(end)
+
+
+def test_what_is_written_opens_in_transformers_with_the_same_tokens(tmp_path):
+    source, folder = tmp_path / "source", tmp_path / "written"
+    source.mkdir()
+    folder.mkdir()
+    write(source, whole(describe("qwen2")))
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "X", "pad_token": null, "more": 1}')
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    write_tokenizer(folder, source)
+    assert (folder / "chat_template.jinja").read_text() == "{{ messages }}"
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert config["more"] == 1 and config["pad_token"] is None and config["eos_token"] == "<|endoftext|>"
+    library = pytest.importorskip("transformers").AutoTokenizer
+    write_tokenizer(folder, "base")
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    theirs, ours = library.from_pretrained(folder), load_tokenizer("base")
+    for text in ["1999 \n\n1", *TEXTS]:
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert ids == ours.encode(text, allowed_special="all")
+        assert theirs.decode(ids) == text
+    roles = (theirs.eos_token_id, theirs.bos_token_id, theirs.pad_token_id)
+    assert roles == (end_token(ours),) * 3
+
+
+@pytest.mark.parametrize(("pre", "name"), [("llama-bpe", "llama3"), ("qwen2", "qwen2")])
+def test_gguf_names(pre, name, tmp_path):
+    """A .gguf file names how to split; the ids are those of the tokenizer.json that says it in full."""
+    gguf = pytest.importorskip("gguf")
+    description = describe(name)
+    vocab, added = description["model"]["vocab"], description["added_tokens"]
+    numbers = {number: token for token, number in vocab.items()} | {t["id"]: t["content"] for t in added}
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([numbers[i] for i in range(len(numbers))])
+    ordinary = {added[2]["id"]}  # the user's own token, not a special one
+    kinds = {t["id"]: 4 if t["id"] in ordinary else 3 for t in added}
+    writer.add_token_types([kinds.get(i, 1) for i in range(len(numbers))])
+    merges = description["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_eos_token_id(added[1]["id"])
+    writer.add_chat_template("{{ messages }}")
+    finish(writer)
+    tokenizer = load_tokenizer(tmp_path / "model.gguf")
+    for text, ids in zip(TEXTS, FIXTURE["variants"][name]["ids"]):
+        assert tokenizer.encode(text, allowed_special="all") == ids
+    assert tokenizer.encode_ordinary(added[2]["content"]) == [added[2]["id"]]
+    write_tokenizer(tmp_path, tmp_path / "model.gguf")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == "{{ messages }}" and config["eos_token"] == added[1]["content"]
+    assert load_tokenizer(tmp_path).encode_ordinary_batch(TEXTS) == tokenizer.encode_ordinary_batch(TEXTS)
+
+
+def finish(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
 
 
 @pytest.mark.slow
