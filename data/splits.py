@@ -72,7 +72,7 @@ def _metaspace(scheme, text, first):
 
 
 def space_rule(path, normal, steps):
-    """For SentencePiece: (what happens to a normal form before it is split, whether it gets a space in front)."""
+    """For SentencePiece: (function from a normal form to what is split, whether a space is put in front)."""
     kinds = [step["type"] for step in steps]
     replaced = normal in (_spaces, _space_first)
     if kinds == ["Metaspace"]:

@@ -6,6 +6,7 @@ says and in which order its parts are applied.
 
 import functools
 import itertools
+import re
 
 import regex  # comes with tiktoken
 import tiktoken
@@ -16,7 +17,7 @@ from data.files import InputError, find, one_of, write_file, write_json
 from data.splits import as_it_is, byte_pattern, flat_steps, nfc, normalizer, space_pattern, space_rule
 from data.vocabulary import describe
 
-LONGEST = 200_000  # characters of a text that tiktoken splits: its matcher gives up after a million steps
+LONGEST = 500_000  # characters of a text that tiktoken splits: its matcher gives up after a million steps
 # The tokens with a role, by the first name of each that a tokenizer has.
 BEGINS = ("<|begin_of_text|>", "<bos>", "<s>")
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>")
@@ -90,7 +91,8 @@ class Encoding(tiktoken.Encoding):
 
     def _encode(self, text, plain):
         """The ids of `text`, in which the added tokens whose ids are in `plain` are text like any other."""
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken does
+        if not text.isascii():  # half a surrogate pair is no character: replaced, as tiktoken does
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         numbers = []
         for before, token in _cut(text, *self.stages[0], plain):
             for part, inner in _cut(self.normal(before), *self.stages[1], plain):
@@ -99,15 +101,20 @@ class Encoding(tiktoken.Encoding):
         return numbers
 
     def _merge(self, text):
+        """The ids of a text without added tokens.
+
+        Long ones, and those with bytes that have no token, are split by the package regex, which may know
+        more of the newest characters.
+        """
         spelled = text.encode()
         if len(text) < LONGEST and len(spelled.translate(None, self.missing)) == len(spelled):
             ranks = super().encode_ordinary(text)
         else:
-            # Bytes without a token vanish after the split; what was beside them may merge.
+            # Bytes without a token vanish after the split: what was beside them may merge.
             pieces = (piece.group().encode() for piece in self.splitter.finditer(text))
             kept = filter(None, (piece.translate(None, self.missing) for piece in pieces))
             ranks = itertools.chain.from_iterable(map(self._encode_single_piece, kept))
-        return [number for rank in ranks for number in self.ids[rank]]
+        return list(itertools.chain.from_iterable(map(self.ids.__getitem__, ranks)))
 
     @functools.cached_property
     def splitter(self):
@@ -115,8 +122,11 @@ class Encoding(tiktoken.Encoding):
 
 
 def _any_of(names):
-    """A pattern for the longest of `names` at a place of a text."""
-    return regex.compile("|".join(map(regex.escape, sorted(names, key=len, reverse=True))))
+    """A pattern for the longest of `names` at a place of a text; a look at its first character rules most out."""
+    ends = {}
+    for name in sorted(names, key=len, reverse=True):
+        ends.setdefault(name[0], []).append(re.escape(name[1:]))
+    return re.compile("|".join(f"{re.escape(first)}(?:{'|'.join(rest)})" for first, rest in ends.items()))
 
 
 def _cut(text, tokens, pattern, plain):

@@ -42,9 +42,10 @@ def describe(path):
         config = _roles(described, read_json(path / "config.json"))
     if (path / "tokenizer_config.json").exists():
         config |= read_json(path / "tokenizer_config.json")
-    for role in ("eos_token", "bos_token", "pad_token"):
-        if isinstance(config.get(role), dict):  # with the options of an added token
-            config[role] = config[role]["content"]
+    for role in {"eos_token", "bos_token", "pad_token"} & config.keys():
+        said = config[role]
+        config[role] = said["content"] if isinstance(said, dict) else said  # with an added token's options
+        one_of(path, f"the kind of the {role}", type(config[role]), (str, type(None)))
     return described, config
 
 
@@ -90,12 +91,15 @@ def _bytes(vocab, merges, added, split, normalizer=None, **options):
 
 def _describe_gguf(path, metadata):
     fields = {name.removeprefix("tokenizer.ggml."): value for name, value in metadata.items()}
-    kinds, spaced = fields["token_type"], fields["tokens"]
-    tokens = [name.replace(" ", SPACE) if kind == USER_DEFINED else name for name, kind in zip(spaced, kinds)]
+    kinds, tokens = fields["token_type"], fields["tokens"]
+    model = one_of(path, "tokenizer.ggml.model", fields["model"], ("gpt2", "llama"))
+    if model == "llama":  # the user's own tokens are stored with spaces
+        stored = zip(tokens, kinds)
+        tokens = [name.replace(" ", SPACE) if kind == USER_DEFINED else name for name, kind in stored]
     vocab = {token: number for number, token in enumerate(tokens)}
     added = [_added(vocab, token, kind in CONTROL) for token, kind in zip(tokens, kinds)
              if kind in (*CONTROL, USER_DEFINED)]  # fmt: skip
-    if one_of(path, "tokenizer.ggml.model", fields["model"], ("gpt2", "llama")) == "llama":
+    if model == "llama":
         merges = _merges_by_score(tokens, fields["scores"], kinds)
         unknown = tokens[kinds.index(2)] if 2 in kinds else None
         described = _characters(vocab, merges, added, unknown, fields.get("add_space_prefix", True))
