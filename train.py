@@ -185,7 +185,7 @@ def main(argv=None, adapt=None):
         data.show(f"stopped after step {len(log)}; --resume goes on from the last checkpoint")
         sys.exit(130)
     except (OSError, ValueError, ArithmeticError, torch.OutOfMemoryError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        data.complain(f"train.py: error: {error}")
         sys.exit(1)
     finally:
         data.leave_processes()

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 SECONDS = 10  # between the lines that pass by, where there is no terminal to overwrite them on
+CLEAR = "\r\033[K"  # a terminal's line
 last_shown = 0.0
 
 
@@ -51,7 +52,14 @@ def show(line, passing=False):
     if processes()[0] or passing and not terminal and time.time() - last_shown < SECONDS:
         return
     last_shown = time.time()
-    print(("\r\033[K" if terminal else "") + line, end="" if passing and terminal else "\n", flush=True)
+    print((CLEAR if terminal else "") + line, end="" if passing and terminal else "\n", flush=True)
+
+
+def complain(line):
+    """Print what went wrong in this process, in place of a line that was passing."""
+    if sys.stdout.isatty():
+        print(CLEAR, end="", flush=True)
+    print(line, file=sys.stderr)
 
 
 class Progress:

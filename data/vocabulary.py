@@ -4,7 +4,7 @@ Source: the documentation of the transformers library, huggingface.co/docs/trans
 tokenizer_config.json; github.com/ggml-org/ggml/blob/master/docs/gguf.md for the same in a .gguf file.
 """
 
-from data.bpe import BYTES, SPACE
+from data.bpe import SPACE
 from data.files import InputError, one_of, read_json
 from data.gguf import read_gguf
 
