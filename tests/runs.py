@@ -1,4 +1,4 @@
-"""Runs of train.py as the tests start them: on a tiny model, in processes of their own, ended from outside."""
+"""Runs of train.py as tests start them: on a tiny model, in processes of their own, ended from outside."""
 
 import contextlib
 import json
@@ -18,12 +18,13 @@ from data.checkpoints import write_checkpoint
 from model import GPT, GPTConfig
 
 SHAPE = dict(vocab_size=4096, block_size=64, n_layer=2, n_head=2, n_embd=32)
-FLAGS = "--device cpu --steps 8 --batch-size 2 --seq-len 32 --lr 2e-3 --score-examples 4 --eval-examples 2"
+FLAGS = "--device cpu --steps 8 --batch-size 2 --seq-len 32 --lr 2e-3 --score-examples 4"
+FLAGS += " --eval-examples 2"
 PATIENCE = 120  # seconds; what takes longer hangs
 
 
 def write_tiny(folder):
-    """A GPT of 2 layers of 32 channels with random weights and the base's tokenizer, as a checkpoint folder."""
+    """A GPT of 2 layers of 32 channels with random weights and the base's tokenizer, as a checkpoint."""
     folder.mkdir()
     base = Path(data.__file__).parent / "base"
     shutil.copy(base / "tokenizer.json", folder)
@@ -38,8 +39,10 @@ def write_tiny(folder):
 def write_pairs(path, count=60):
     """A .jsonl file of prompts with completions of very unequal length."""
     words = "the of a model is trained on some text that was read before and more".split()
-    pairs = [{"prompt": f"{words[n % 14]} {n}", "completion": " ".join(words[: 1 + n * n % 13])} for n in range(count)]
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    with open(path, "w") as file:
+        for n in range(count):
+            pair = {"prompt": f"{words[n % 14]} {n}", "completion": " ".join(words[: 1 + n * n % 13])}
+            file.write(json.dumps(pair) + "\n")
     return path
 
 
@@ -77,12 +80,11 @@ def forkserver():
 def _child(rank, count, folder, target, args):
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    with open(folder / f"out-{rank}", "w", buffering=1) as out, open(folder / f"err-{rank}", "w", buffering=1) as err:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            store = f"file://{folder}/store"
-            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count)
-            torch.save(target(*args), folder / f"result-{rank}")
-            data.leave_processes()
+    out, err = (open(folder / f"{stream}-{rank}", "w", buffering=1) for stream in ("out", "err"))
+    with out, err, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
+        torch.save(target(*args), folder / f"result-{rank}")
+        data.leave_processes()
 
 
 class Together:

@@ -172,5 +172,6 @@ def test_an_adapter_of_another_base_is_refused(made, trained, tmp_path, capsys):
 def test_an_adapter_of_another_type_is_refused_by_name(made, trained, tmp_path, capsys):
     out, _ = trained
     with pytest.raises(SystemExit):
-        train.main(argv("base", tmp_path, "--data", made[1], "--adapter", out / "adapter.pt", "--dtype", "bfloat16"))
+        adapter = ["--adapter", out / "adapter.pt", "--dtype", "bfloat16"]
+        train.main(argv("base", tmp_path, "--data", made[1], *adapter))
     assert "base in float32" in capsys.readouterr().err and os.listdir(tmp_path) == []

@@ -39,9 +39,10 @@ def made(tmp_path_factory):
 
 
 def scored(seed):
-    """{metric: (scores, mask)} of a random GPT and a random MLP in float64; each process has a share of the batches."""
+    """{metric: (scores, mask)} of a random GPT and a random MLP, in float64, whose batches are shared out."""
     found = {}
-    for kind, (model, batches) in {"gpt": random_gpt(["gpt2", "llama"][seed], seed), "mlp": random_mlp(seed)}.items():
+    made = {"gpt": random_gpt(["gpt2", "llama"][seed], seed), "mlp": random_mlp(seed)}
+    for kind, (model, batches) in made.items():
         losses = gpt_losses if kind == "gpt" else sample_losses
         for metric in ALL:
             torch.manual_seed(data.processes()[0])  # "random" draws something else in every process
@@ -95,7 +96,8 @@ def test_two_processes_train_what_one_trains_with_twice_the_batch(made, tmp_path
     for other in ("accumulated", "two"):
         rows = read_log(tmp_path / other)
         for name in ("loss", "val", "gradient_norm", "lr"):
-            assert [row.get(name) for row in rows] == pytest.approx([row.get(name) for row in wanted], abs=1e-4), name
+            here, there = ([row.get(name) for row in log] for log in (wanted, rows))
+            assert here == pytest.approx(there, abs=1e-4), name
     for name in ("val_before", "test_after", "source_after"):
         assert first[name] == pytest.approx(alone[name], abs=1e-5) and first[name] == second[name]
     assert first["accuracy_after"] == second["accuracy_after"] == alone["accuracy_after"]
@@ -169,7 +171,8 @@ def test_killed_processes_resume_and_their_number_may_change(made, tmp_path, kin
     train.main(argv(tiny, tmp_path / "alone", *flags, *four, "--resume"))
     resumed = read_log(tmp_path / "alone")
     assert [row["loss"] for row in resumed] == pytest.approx([row["loss"] for row in whole], abs=1e-4)
-    unlike = train_together(2, tmp_path / "printed", *argv(tiny, tmp_path / "unlike", *flags, *four, "--resume"))
+    flags = argv(tiny, tmp_path / "unlike", *flags, *four, "--resume")
+    unlike = train_together(2, tmp_path / "printed", *flags)
     assert all(unlike.exit_codes()) and "step_examples" in unlike.printed(0, "err")
 
 
@@ -278,9 +281,10 @@ def test_the_command_for_two_processes(made, tmp_path):
 
 
 def parallel():
-    """An MLP, sparse but for one layer with an empty delta, after some steps; each process has a share of the data."""
+    """What a sparse MLP with an empty delta has learned after some steps; the data are shared out."""
     model, generator = mlp(seed=1), torch.Generator().manual_seed(3)
-    indices = {"0": torch.tensor([1, 7, 30]), "3": torch.tensor([], dtype=torch.int64), "5": torch.tensor([0, 19])}
+    indices = {"0": torch.tensor([1, 7, 30]), "3": torch.tensor([], dtype=torch.int64)}
+    indices["5"] = torch.tensor([0, 19])
     deltas = speft.sparsify(model, indices)
     whole = DistributedDataParallel(model) if dist.is_initialized() else model
     optimizer = torch.optim.AdamW(deltas, lr=0.05)

@@ -111,13 +111,13 @@ def test_ctrl_c_says_in_one_line_where_it_stopped(cut, tmp_path, capsys):
 
 
 def test_no_signal_is_handled(run, tmp_path, monkeypatch):
-    handlers = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers]
-    shown = train.show_step
-    monkeypatch.setattr(train, "show_step", lambda *row: handlers.append([signal.getsignal(n) for n in numbers]))
+    def handlers():
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+    before, seen = handlers(), []
+    monkeypatch.setattr(train, "show_step", lambda row, steps: seen.append(handlers()))
     run(tmp_path, "--steps", 2)
-    assert handlers == [before, before] and shown
+    assert seen == [before, before]
 
 
 def endless_scoring(flags):
@@ -264,7 +264,11 @@ def test_checkpoints_are_ordered_by_their_step_not_by_the_clock(run, tmp_path, c
     assert steps_kept(tmp_path / "whole") == [10, 11]
 
 
-@pytest.mark.parametrize("flags", ("--lr 1e-3", "--steps 9", "--metric snip", "--batch-size 3", "--seq-len 24"))
+OTHER_FLAGS = {"--lr 1e-3": "lr", "--steps 9": "steps", "--metric snip": "metric", "--seq-len 24": "seq_len",
+               "--batch-size 3": "step_examples"}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", OTHER_FLAGS)
 def test_a_checkpoint_and_a_result_of_other_flags_are_refused(run, cut, tmp_path, capsys, flags):
     run(tmp_path / "finished")
     cut(tmp_path / "cut", 5, "--checkpoint-every", 2)
@@ -274,8 +278,7 @@ def test_a_checkpoint_and_a_result_of_other_flags_are_refused(run, cut, tmp_path
             run(out, "--resume", *flags.split())
         assert ended.value.code == 1 and contents(out) == before
         error = capsys.readouterr().err
-        named = {"--batch-size": "step_examples"}.get(flags.split()[0], flags.split()[0][2:].replace("-", "_"))
-        assert f"{out}: the run to resume had another " in error and named in error
+        assert f"{out}: the run to resume had another " in error and OTHER_FLAGS[flags] in error
 
 
 def test_a_step_may_be_divided_otherwise(run, cut, tmp_path):

@@ -39,7 +39,8 @@ def made(tmp_path_factory):
 @pytest.mark.parametrize(("metric", "scope"), [(m, "global") for m in speft.METRICS] + [("grad", "local")])
 def test_every_metric_and_scope_trains_the_share_it_should(made, tmp_path, metric, scope):
     tiny, _ = made
-    result = train.main(argv(tiny, tmp_path, "--metric", metric, "--scope", scope, "--density", 0.02, "--lr", 1e-2))
+    flags = ["--metric", metric, "--scope", scope, "--density", 0.02, "--lr", 1e-2]
+    result = train.main(argv(tiny, tmp_path, *flags))
     linear, layers = 2 * 12 * 32**2, 12
     assert abs(result["trained"] - 0.02 * linear) < layers
     assert result["val_after"] < result["val_before"] or metric in ("magnitude", "synflow", "random")
@@ -54,9 +55,9 @@ def test_the_main_job_on_a_small_budget(tmp_path, capsys):
     assert sorted(os.listdir(out)) == FILES
     assert json.loads((out / "result.json").read_text()) == result
     flags = {name.replace("-", "_") for name in (*data.FLAGS, "resume")}
-    measured = {"trained", "steps_done", "processes", "val_before", "val_after", "test_after", "source_before",
-                "source_after", "seconds", "score_seconds", "peak_memory_bytes", "versions", "base",
-                "train_data", "val_data", "test_data", "source_data"}  # fmt: skip
+    measured = {"trained", "steps_done", "processes", "val_before", "val_after", "test_after",
+                "source_before", "source_after", "seconds", "score_seconds", "peak_memory_bytes", "versions",
+                "base", "train_data", "val_data", "test_data", "source_data"}  # fmt: skip
     assert flags | measured <= result.keys()
     log = read_log(out)
     assert [row["step"] for row in log] == [1, 2, 3, 4]
@@ -116,7 +117,8 @@ def test_an_evaluation_leaves_no_files(made, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     train.main([*without_out, "--method", "none", "--adapter", "out/adapter.pt", "--prompt", "the"])
     printed = capsys.readouterr().out
-    assert printed.count("sample before: '<|endoftext|>the") == printed.count("sample") == 1 and "loss" not in printed
+    assert printed.count("sample before: '<|endoftext|>the") == printed.count("sample") == 1
+    assert "loss" not in printed
 
 
 def test_full_fine_tuning_writes_a_model_that_loads(tmp_path):
@@ -166,8 +168,8 @@ def test_two_micro_steps_are_one_step_with_completions_of_unequal_length(made, t
     saved, losses = [], []
     for size, count in ((8, 1), (2, 4)):
         out = tmp_path / str(size)
-        flags = argv(tiny, out, "--data", pairs, "--batch-size", size, "--accumulate", count, "--score-examples", 16)
-        train.main(flags)
+        flags = ["--data", pairs, "--batch-size", size, "--accumulate", count, "--score-examples", 16]
+        train.main(argv(tiny, out, *flags))
         saved.append(torch.load(out / "adapter.pt", weights_only=True)["adapter"])
         losses.append([row["loss"] for row in read_log(out)])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
