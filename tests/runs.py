@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch.distributed as dist
 import data
 import train
 from data.checkpoints import write_checkpoint
+from kills import forkserver
 from model import GPT, GPTConfig
 
 SHAPE = dict(vocab_size=4096, block_size=64, n_layer=2, n_head=2, n_embd=32)
@@ -67,14 +66,6 @@ def contents(folder):
 
 
 # --- processes ------------------------------------------------------------------------------------------
-
-
-def forkserver():
-    """Processes forked from one that has imported torch and read the corpora: they start in no time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["preload"])
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # where the server finds it
-    return context
 
 
 def _child(rank, count, folder, target, args):
