@@ -30,14 +30,16 @@ METHODS = ADAPT | {
     "full": lambda model, batches, density: step.full(model, None, density),
     "grad": functools.partial(recipes.by_metric, metric="grad"),
     "random": functools.partial(recipes.by_metric, metric="random"),
+    "magnitude": functools.partial(recipes.by_metric, metric="magnitude"),
 }
 LORA = "lora", 0.01
-PRICED = [LORA, ("lora", 0.03), ("full", 1.0)]
+PRICED = [LORA, ("lora", 0.03), ("lora", 0.1), ("full", 1.0)]
 PRICED += [("random block", density) for density in (0.01, 0.03, 0.1, 0.2)]
 PRICED += [("random columns", density) for density in (0.01, 0.03, 0.1)]
 PRICED += [("grad", density) for density in (0.01, 0.03, 0.1)]
 PRICED += [("random", density) for density in (0.001, 0.01, 0.03)]
 PRICED += [("largest entries of a block", density) for density in (0.01, 0.03)]
+PRICED += [("principal entries", 0.01), ("magnitude", 0.01)]
 
 
 def load(args):

@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import compare  # noqa: E402
 import studies  # noqa: E402
 import summaries  # noqa: E402
-from studies import LONG, OPTIMIZERS, STUDIES, SWEPT, setting, sparse  # noqa: E402
+from studies import LONG, METRICS, OPTIMIZERS, STUDIES, SWEPT, setting, sparse  # noqa: E402
 
 REPORTS = (RESULTS / "README.md", ROOT / "tests" / "bench" / "README.md")
 
@@ -161,7 +161,7 @@ def price_table(model):
 
 def as_setting(priced):
     """The setting of the study `prose` that a row of price.py tells the price of."""
-    if priced["method"] in ("grad", "random"):
+    if priced["method"] in METRICS:
         return sparse(priced["method"], density=priced["density"])
     return setting(priced["method"], None if priced["method"] == "full" else priced["density"])
 

@@ -100,7 +100,7 @@ STUDIES = {
         tuned=unique(
             [sparse("grad"), setting("lora"), setting("full", None), sparse("random"), setting("pissa")]
             + [sparse("grad", density=d) for d in (0.001, 0.003, LORA_RANK_1, 0.03)]
-            + [setting("lora", d) for d in (LORA_RANK_1, 0.03)]
+            + [setting("lora", d) for d in (LORA_RANK_1, 0.03, 0.1)]
             + [sparse(metric) for metric in METRICS]
             + [sparse(metric, "local") for metric in METRICS]
             + [sparse("random", density=d) for d in (0.001, 0.003, 0.03)]
