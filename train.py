@@ -167,7 +167,7 @@ def run(args, adapt, log):
         result |= {"seconds": time.time() - start, **data.environment(args.device)}
         if is_first:
             data.write_result(args.out, log, result)
-        data.show(f"{result['seconds']:.0f} s, {result['score_seconds']:.1f} s of it scoring; see {args.out}/")
+        data.show(f"{result['seconds']:.0f} s, {result['score_seconds']:.1f} of them scoring; see {args.out}")
     return result
 
 

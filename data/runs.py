@@ -104,7 +104,7 @@ def write_result(folder, log, result):
 
 
 def read_result(folder, settings):
-    """The result of the run with these settings in `folder`, if it has the losses after training, else None."""
+    """The result of the run with these settings in `folder` if it has the losses after training, or None."""
     path = Path(folder) / "result.json"
     result = read_json(path) if path.exists() else {}
     return result if "val_after" in result and not changes(result, settings) else None

@@ -122,7 +122,7 @@ class Encoding(tiktoken.Encoding):
 
 
 def _any_of(names):
-    """A pattern for the longest of `names` at a place of a text; a look at its first character rules most out."""
+    """A pattern for the longest of `names` at a place of a text; its first character rules most out."""
     ends = {}
     for name in sorted(names, key=len, reverse=True):
         ends.setdefault(name[0], []).append(re.escape(name[1:]))
