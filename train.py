@@ -80,7 +80,7 @@ def fit(model, params, train, val, args, log, saved=None, save=None):
         optimizer.load_state_dict(saved["optimizer"])
     elif not sparse:
         optimizer = make_optimizer(params, args)
-    step_size = args.batch_size * args.accumulate * data.processes()[1]  # in examples
+    step_size = args.batch_size * args.accumulate * data.rank_and_world()[1]  # in examples
     while len(log) < args.steps:
         step, start = len(log), time.time()
         row = {"step": step + 1, "lr": learning_rate(step, args), "loss": 0.0}
@@ -116,7 +116,7 @@ def fit(model, params, train, val, args, log, saved=None, save=None):
 
 def run(args, adapt, log):
     """Load, evaluate, train, save, evaluate; returns what result.json holds."""
-    start, is_first = time.time(), data.processes()[0] == 0
+    start, is_first = time.time(), data.rank_and_world()[0] == 0
     data.show(f"reading {args.model} and {args.data}")
     for flag in ("out", "merge"):
         if vars(args)[flag] and (flag, args.method) != ("out", "none"):  # an evaluation leaves no files
@@ -133,10 +133,10 @@ def run(args, adapt, log):
 
     # What makes a run the same one: flags, and the contents of what is read.
     settings = {name: value for name, value in vars(args).items() if name not in data.MAY_CHANGE}
-    settings |= {"step_examples": args.batch_size * args.accumulate * data.processes()[1]}
+    settings |= {"step_examples": args.batch_size * args.accumulate * data.rank_and_world()[1]}
     settings |= {"base": base, "start": model.fingerprint() if args.adapter else base}
     settings |= {f"{name}_data": split.fingerprint() for name, split in splits.items()}
-    result = vars(args) | settings | {"processes": data.processes()[1]}
+    result = vars(args) | settings | {"processes": data.rank_and_world()[1]}
     finished, saved = None, None
     if args.resume:
         finished, saved = data.resume(args.out, settings, {"merge": args.merge, "prompt": args.prompt})

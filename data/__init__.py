@@ -3,7 +3,7 @@
 from data.checkpoints import load_model, write_checkpoint
 from data.examples import Examples, load_examples
 from data.files import InputError, check_folder
-from data.processes import Progress, complain, join_processes, leave_processes, processes, share, show
+from data.processes import Progress, complain, join_processes, leave_processes, rank_and_world, share, show
 from data.report import Report, mean_loss, show_mask, show_step
 from data.runs import environment, read_adapter, resume, write_adapter, write_progress, write_result
 from data.settings import FLAGS, MAY_CHANGE, check_fit, parse_args

@@ -26,20 +26,20 @@ def leave_processes():
         dist.destroy_process_group()
 
 
-def processes():
+def rank_and_world():
     """(the number of this process, how many there are)"""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def share(items):
     """Of a list, what this process is to work on."""
-    rank, count = processes()
+    rank, count = rank_and_world()
     return items[rank::count]
 
 
 def gather(value):
     """The values of all processes, as a list."""
-    values = [value] * processes()[1]
+    values = [value] * rank_and_world()[1]
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
@@ -49,7 +49,7 @@ def show(line, passing=False):
     """Print a line. On a terminal the next one overwrites a passing one, elsewhere few of these are shown."""
     global last_shown
     terminal = sys.stdout.isatty()
-    if processes()[0] or passing and not terminal and time.time() - last_shown < SECONDS:
+    if rank_and_world()[0] or passing and not terminal and time.time() - last_shown < SECONDS:
         return
     last_shown = time.time()
     print((CLEAR if terminal else "") + line, end="" if passing and terminal else "\n", flush=True)
@@ -68,7 +68,6 @@ class Progress:
     def __init__(self, doing, total, units):
         self.doing, self.total, self.units = doing, total, units
         self.done, self.start = 0, time.time()
-        self.show(0)
 
     def count(self, more):
         """Called before `more` are worked on: what came before is done."""

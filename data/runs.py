@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data.files import InputError, read_json, read_tensors, write_json, write_json_lines, write_tensors
-from data.processes import gather, processes, show
+from data.processes import gather, rank_and_world, show
 
 
 def write_adapter(folder, learned, settings):
@@ -117,7 +117,7 @@ def resume(folder, settings, afterwards):
     to be done again. The first process reads for all.
     """
     finished, saved = None, None
-    if processes()[0] == 0:
+    if rank_and_world()[0] == 0:
         finished, saved = read_result(folder, settings | afterwards), read_progress(folder, settings)
     finished, saved = gather((finished, saved))[0]
     if finished:

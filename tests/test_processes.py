@@ -45,7 +45,7 @@ def scored(seed):
     for kind, (model, batches) in made.items():
         losses = gpt_losses if kind == "gpt" else sample_losses
         for metric in ALL:
-            torch.manual_seed(data.processes()[0])  # "random" draws something else in every process
+            torch.manual_seed(data.rank_and_world()[0])  # "random" draws something else in every process
             scores = speft.salience(model, metric, data.share(batches), losses)
             found[kind, metric] = scores, speft.select(scores, 0.3, "global")
     return found
@@ -219,7 +219,7 @@ def test_more_processes_than_batches_to_score_with_is_an_error(made, tmp_path):
 
 def failing(flags, step):
     """A run of which the second process fails in this step, while the first waits for its gradients."""
-    if data.processes()[0] == 1:
+    if data.rank_and_world()[0] == 1:
         real = train.learning_rate
 
         def learning_rate(at, args):

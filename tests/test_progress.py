@@ -73,7 +73,7 @@ def test_a_terminals_passing_lines_leave_no_rests():
 
 def test_elsewhere_passing_lines_come_at_most_every_ten_seconds(monkeypatch, capsys):
     now = 1000.0
-    room = importlib.import_module("data.processes")  # data.processes is a function of that name
+    room = importlib.import_module("data.processes")
     monkeypatch.setattr(room.time, "time", lambda: now)
     monkeypatch.setattr(room, "last_shown", 0.0)
     for second in range(0, 35):
@@ -87,14 +87,15 @@ def test_elsewhere_passing_lines_come_at_most_every_ten_seconds(monkeypatch, cap
 def test_a_run_says_from_the_start_what_it_does(tmp_path, monkeypatch):
     tiny, pairs = write_tiny(tmp_path / "tiny"), write_pairs(tmp_path / "pairs.jsonl")
     shown = []
-    monkeypatch.setattr(data, "show", lambda line, passing=False: shown.append((line, passing)))
+    for module in ("data", "data.processes", "data.report"):
+        monkeypatch.setattr(f"{module}.show", lambda line, passing=False: shown.append((line, passing)))
     flags = argv(tiny, tmp_path / "out", "--data", pairs, "--score-examples", 6)
     train.main(flags)
     lines = [line for line, _ in shown]
     assert shown[0] == (f"reading {tiny} and {pairs}", False)
     scoring = [line for line, passing in shown if passing and line.startswith("scoring")]
     for done, line in zip((0, 2, 4), scoring, strict=True):
-        assert re.fullmatch(rf"scoring: {done} of 6 examples, \d+ s left", line)
+        assert re.fullmatch(rf"scoring: {done} of 6 examples" + r", \d+ s left" * (done > 0), line)
     steps = [passing for line, passing in shown if line.startswith("step")]
     assert steps == [False] + 6 * [True] + [False]  # the first and the last stay
     assert lines[-1].endswith(f"see {tmp_path / 'out'}")

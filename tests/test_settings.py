@@ -52,11 +52,11 @@ BEFORE_WORK = {
     "--adapter {tmp}/nothing.pt": "nothing.pt",
     "--data {tmp}/nothing.jsonl": "nothing.jsonl",
     "--val {tmp}/nothing.txt": "nothing.txt",
-    "--seq-len 65": "--seq-len 65: the model's context is 64\n",
+    "--seq-len 65": "--seq-len 65: the model's context has 64 tokens\n",
     "--out /dev/null/out": "--out /dev/null/out",
     "--out {tmp}/file": "--out {tmp}/file: no files can be written there",
     "--merge {tmp}/file": "--merge {tmp}/file: no files can be written there",
-    "--layers no.such.layer": "--layers no.such.layer: fits no layer like blocks.0.attn.k",
+    "--layers no.such.layer": "--layers no.such.layer: matches no linear layer; there are blocks.0.attn.q",
     "--density 1e-9": "--density 1e-09: keeps none of ",
 }
 IN_WORK = {"--method full --lr 2e9": "step 2: the loss or its gradient is not finite"}
