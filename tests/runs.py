@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from kills import forkserver
 from model import GPT, GPTConfig
 
 SHAPE = dict(vocab_size=4096, block_size=64, n_layer=2, n_head=2, n_embd=32)
-FLAGS = "--device cpu --steps 8 --batch-size 2 --seq-len 32 --lr 2e-3 --score-examples 4"
-FLAGS += " --eval-examples 2"
+FLAGS = "--device cpu --steps 8 --batch-size 2 --seq-len 32 --lr 2e-3"
+FLAGS += " --score-examples 4 --eval-examples 2"
 PATIENCE = 120  # seconds; what takes longer hangs
 
 
@@ -70,7 +71,7 @@ def contents(folder):
 
 def _child(rank, count, folder, target, args):
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"  # this machine alone
     out, err = (open(folder / f"{stream}-{rank}", "w", buffering=1) for stream in ("out", "err"))
     with out, err, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
@@ -79,7 +80,7 @@ def _child(rank, count, folder, target, args):
 
 
 class Together:
-    """`count` processes of one process group that each call target(*args); what they print is in `folder`."""
+    """`count` processes of one process group that each call target(*args); `folder` has what they print."""
 
     def __init__(self, count, folder, target, *args):
         self.folder = folder
@@ -94,12 +95,11 @@ class Together:
         path = self.folder / f"{stream}-{rank}"
         return path.read_text() if path.exists() else ""
 
-    def wait_for(self, text, seconds=0.0):
-        """Until the first process has printed this, and some time more; or until it has ended."""
+    def wait_for(self, text):
+        """Until the first process has printed this, or has ended."""
         start = time.time()
         while text not in self.printed(0) and self.processes[0].is_alive() and time.time() - start < PATIENCE:
             time.sleep(0.005)
-        self.processes[0].join(seconds)
 
     def kill(self):
         for process in self.processes:

@@ -176,7 +176,7 @@ def test_killed_processes_resume_and_their_number_may_change(made, tmp_path, kin
     assert all(unlike.exit_codes()) and "step_examples" in unlike.printed(0, "err")
 
 
-def test_a_run_begun_alone_goes_on_with_two_processes(made, tmp_path, monkeypatch):
+def test_a_run_begun_alone_goes_on_with_two_processes(made, tmp_path):
     tiny, pairs = made
     flags = ["--data", pairs, "--checkpoint-every", 3]
     train.main(argv(tiny, tmp_path / "whole", *flags, "--batch-size", 4))
