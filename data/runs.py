@@ -121,7 +121,7 @@ def resume(folder, settings, afterwards):
         finished, saved = read_result(folder, settings | afterwards), read_progress(folder, settings)
     finished, saved = gather((finished, saved))[0]
     if finished:
-        losses = [f"{name} {finished[name]:.4f}" for name in ("val_after", "test_after", "source_after")]
+        losses = [f"{name} {finished[f'{name}_after']:.4f}" for name in ("val", "test", "source")]
         show(f"{folder}: this run is finished: {', '.join(losses)}")
     else:
         show(f"{folder}: going on after step {len(saved['log']) if saved else 0}")

@@ -137,7 +137,7 @@ def test_a_step_communicates_the_trained_numbers_and_the_loss_once(made, tmp_pat
 
 def stalling(flags, step):
     """A run that after this step waits for its end."""
-    shown = train.show_step
+    shown = data.show_step
 
     def show_step(row, steps):
         shown(row, steps)
@@ -145,7 +145,7 @@ def stalling(flags, step):
             data.show("waiting")
             time.sleep(1000)
 
-    train.show_step = show_step
+    data.show_step = show_step
     train.main(flags)
 
 

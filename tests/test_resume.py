@@ -44,7 +44,7 @@ def cut(run, monkeypatch):
     """cut(out, step, *flags): a run that Ctrl-C ends after this step."""
 
     def cut(out, step, *flags):
-        shown = train.show_step
+        shown = data.show_step
 
         def show_step(row, steps):
             shown(row, steps)
@@ -52,7 +52,7 @@ def cut(run, monkeypatch):
                 signal.raise_signal(signal.SIGINT)
 
         with monkeypatch.context() as patched:
-            patched.setattr(train, "show_step", show_step)
+            patched.setattr(data, "show_step", show_step)
             with pytest.raises(SystemExit) as ended:
                 run(out, *flags)
         assert ended.value.code == 130
@@ -115,7 +115,7 @@ def test_no_signal_is_handled(run, tmp_path, monkeypatch):
         return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
     before, seen = handlers(), []
-    monkeypatch.setattr(train, "show_step", lambda row, steps: seen.append(handlers()))
+    monkeypatch.setattr(data, "show_step", lambda row, steps: seen.append(handlers()))
     run(tmp_path, "--steps", 2)
     assert seen == [before, before]
 
