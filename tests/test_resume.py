@@ -49,7 +49,7 @@ def cut(run, monkeypatch):
         def show_step(row, steps):
             shown(row, steps)
             if row["step"] == step:
-                signal.raise_signal(signal.SIGINT)
+                raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
             patched.setattr(data, "show_step", show_step)

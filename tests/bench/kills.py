@@ -39,6 +39,7 @@ STOPPED = re.compile(r"^stopped after step \d+; --resume goes on from the last c
 def child(argv, log):
     """A run in a fresh process, which writes what it prints into the file `log`."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts beside it ignores Ctrl-C
     with open(log, "w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         train.main(argv)
 
