@@ -52,12 +52,12 @@ def test_every_python_snippet_runs(tmp_path, monkeypatch, capsys):
     assert float(printed[2]) < 0.8 * float(printed[1])
     assert set(torch.load("mine.pt", weights_only=True)) == {"0", "2"}
 
+    plot, use_an_adapter = snippets(FILES)
+    exec(use_an_adapter, {})
     learned = data.load_model("base")
     speft.load_adapter(learned, torch.load("out/adapter.pt", weights_only=True)["adapter"])
-    use_an_adapter, plot = snippets(FILES)
-    exec(use_an_adapter, {})
     assert data.load_model("merged").fingerprint() == speft.merge(learned).fingerprint()
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib").use("Agg")
     exec(plot, {})
     assert Path("loss.png").stat().st_size > 0
 
