@@ -48,8 +48,9 @@ def test_every_python_snippet_runs(tmp_path, monkeypatch, capsys):
 
     capsys.readouterr()
     exec(your_own_model, {})
-    printed = re.fullmatch(r"74 trained; loss (\d\.\d+) to (\d\.\d+); reloaded: True\n", capsys.readouterr().out)
-    assert float(printed[2]) < 0.8 * float(printed[1])
+    expected = r"74 trained; loss (\d\.\d+) to (\d\.\d+); reloaded: True\n"
+    before, after = re.fullmatch(expected, capsys.readouterr().out).groups()
+    assert float(after) < 0.8 * float(before)
     assert set(torch.load("mine.pt", weights_only=True)) == {"0", "2"}
 
     plot, use_an_adapter = snippets(FILES)
@@ -72,7 +73,7 @@ def test_the_map_names_every_file_of_the_project():
     modules = {path.stem for path in ROOT.glob("data/*.py")} - {"__init__"}
     named = re.findall(r"^\| `data/`: (.*?) \|", section, re.M)
     assert sorted(re.findall(r"`(\w+)`", " ".join(named))) == sorted(modules)
-    assert {f"{path.name}" for path in ROOT.glob("*.py")} <= set(re.findall(r"`(\w+\.py)`", section))
+    assert {path.name for path in ROOT.glob("*.py")} <= set(re.findall(r"`(\w+\.py)`", section))
 
 
 @pytest.mark.parametrize("text", (README, FILES), ids=("README", "data"))
@@ -91,7 +92,8 @@ def test_the_files_it_points_to_exist(path):
 
 def test_the_fields_of_a_log_s_row_are_listed():
     source = (ROOT / "train.py").read_text()
-    fields = {*re.findall(r'row\["(\w+)"\]', source), *re.findall(r'"(\w+)": ', re.search(r"row = {.*", source)[0])}
+    first = re.search(r"row = {.*", source)[0]
+    fields = {*re.findall(r'"(\w+)": ', first), *re.findall(r'row\["(\w+)"\]', source)}
     assert fields == set(re.findall(r"^\| `(\w+)` \|", FILES.split("## Files of a run")[1], re.M))
 
 
@@ -103,7 +105,8 @@ def mean_and_error(values):
 def test_what_the_short_table_tells_was_measured():
     lines = (ROOT / "data" / "results" / "prose.jsonl").read_text().splitlines()
     runs = [run for run in map(json.loads, lines) if run["flags"] == "" and "test_after" in run]
-    cells = [line.strip("| ").split(" | ") for line in README.splitlines() if " ± " in line and line[0] == "|"]
+    rows = [line for line in README.splitlines() if line.startswith("|") and " ± " in line]
+    cells = [row.strip("| ").split(" | ") for row in rows]
     assert [row[0] for row in cells] == [*ROWS]
     for name, rate, loss, _, forgetting, _ in cells:
         wanted = ROWS[name] | {"lr": float(rate)}
