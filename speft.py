@@ -278,16 +278,18 @@ def select(scores, density, scope):
 
 def _top(scores, count):
     """The flat indices of the `count` largest scores; copies at most about `count` scores and one layer's."""
-    scores = {name: score.flatten() for name, score in scores.items()}
-    top, least, indices = torch.empty(0), -math.inf, {}
+    scores = {name: score.detach().flatten() for name, score in scores.items()}
+    top, least, indices = [], torch.tensor([-math.inf]), {}  # of one dimension: types widen for it
     for score in scores.values():
-        top = torch.cat((top, score[score >= least].detach().cpu()))
-        if len(top) >= 1.5 * count:
-            top = top.topk(count).values
-            least = top[-1].item()  # what is lower than the least of the largest so far is not among them
-    least = top.topk(count).values[-1].item()
+        top.append(score[score >= least.to(score.device)].cpu())
+        if sum(map(len, top)) >= 1.5 * count:
+            top = [torch.cat(top).topk(count, sorted=False).values]
+            least = top[0].min()[None]  # what is lower than the least of the largest so far is not among them
+    top = torch.cat(top).topk(count, sorted=False).values
+    least = top.min()[None]
     ties = count - (top > least).sum().item()
     for name, score in scores.items():
+        least = least.to(score.device)
         tied = (score == least).nonzero()[:ties]
         indices[name] = torch.cat(((score > least).nonzero(), tied)).squeeze(1).sort().values
         ties -= len(tied)
