@@ -431,7 +431,7 @@ def cover(index, n_rows, n_columns):
     columns = torch.cat((crowded, others))
     cost = n_rows * (len(crowded) + 16) + len(others) * len(rows) + 64 * (len(columns) + len(rows))
     if cost + 2**19 * index.is_cuda >= n_rows * n_columns:
-        return column * n_rows + row, torch.arange(n_columns, device=index.device), rows[:0], n_columns
+        return column * n_rows + row, torch.arange(n_columns).to(index), index.new_empty(0), n_columns
     in_first = torch.searchsorted(crowded, column) * n_rows + row
     in_second = torch.searchsorted(others, column) * len(rows) + torch.searchsorted(rows, row)
     places = torch.where(outside, len(crowded) * n_rows + in_second, in_first)
