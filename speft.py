@@ -217,7 +217,7 @@ class _Linearised(torch.overrides.TorchFunctionMode):
         self.positive = positive  # scored weight -> its absolute value, which collects the gradient
 
     def absolute(self, weight):
-        return self.positive[weight] if weight in self.positive else weight.detach().abs().double()
+        return self.positive[weight] if weight in self.positive else weight.detach().double().abs()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.__name__.strip("_"), kwargs or {}  # add_, __add__: add
@@ -229,6 +229,8 @@ class _Linearised(torch.overrides.TorchFunctionMode):
             return func(*args, **kwargs)
         if name in ("linear", "conv1d", "conv2d", "conv3d"):
             return func(given[0], self.absolute(given[1]), None, *given[3:])
+        if name == "rsqrt" or name == "pow" and given[1] < 0:  # of a norm written by hand
+            return torch.ones_like(given[0])
         if name in self.ACTIVATIONS or name in ("to", "float", "type"):  # the signal stays in float64
             return given[0]
         if name in self.GAINS:
@@ -242,8 +244,6 @@ class _Linearised(torch.overrides.TorchFunctionMode):
         if name == "multi_head_attention_forward":  # queries and keys of zero
             args = (*(0 * t.detach() for t in args[:2]), *args[2:])
             kwargs |= {"attn_mask": None, "key_padding_mask": None, "is_causal": False}
-        if name == "rsqrt" or name == "pow" and given[1] < 0:  # of a norm written by hand
-            return torch.ones_like(given[0])
         if name == "softmax" and given[0].isnan().any():  # of attention written by hand
             return torch.full_like(given[0], 1 / given[0].size(kwargs.get("dim", given[1])))
         if name in ("mul", "rmul", "imul", "multiply") and len(signals) == 2:  # without overflow

@@ -223,19 +223,18 @@ BACKENDS = ("eager", "aot_eager")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("part", ("whole", "first", "all"))
+@pytest.mark.parametrize("part", ("whole", "first"))
 def test_a_compiled_models_names_are_the_plain_ones(part, backend):
     torch._dynamo.reset()
     model, batches = random_mlp(1)
     plain = copy.deepcopy(model)
-    if part in ("first", "all"):
+    if part == "first":
         model[0] = torch.compile(model[0], backend=backend)
-    if part in ("whole", "all"):
+    else:
         model = torch.compile(model, backend=backend)
-    for metric in DETERMINISTIC:
-        if metric != "grasp" or backend == "eager":  # compiled code has one derivative
-            expected = salience(plain, metric, batches, sample_losses)
-            assert_close(salience(model, metric, batches, sample_losses), expected, rtol=1e-9, atol=1e-12)
+    for metric in ("grad", "fisher", "synflow", *["grasp"] * (backend == "eager")):  # AOT derives only once
+        expected = salience(plain, metric, batches, sample_losses)
+        assert_close(salience(model, metric, batches, sample_losses), expected, rtol=1e-9, atol=1e-12)
     indices = select(salience(model, "grad", batches, sample_losses), 0.3, "global")
     deltas = sparsify(model, indices)
     perturb(deltas)
