@@ -28,8 +28,7 @@ def salience(model, metric, batches, loss_fn, layers=None):
     metric: a key of METRICS. batches: tuples or dicts of tensors (B, ...), the model's input first.
     loss_fn(model, batch): the samples' losses (B,) or their mean. layers: a predicate on module names.
     Returns {module name: score of the weight's shape}. In a process group every process brings batches of its
-    own, and all get the scores of all samples. Raises ValueError where a score would not be what it should.
-    """
+    own, and all get the scores of all samples. Raises ValueError where a score would be wrong."""
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}: choose from {', '.join(METRICS)}")
     modules = linear_layers(model, layers)
@@ -47,29 +46,28 @@ def salience(model, metric, batches, loss_fn, layers=None):
             dist.broadcast(scores[name], 0)  # what is drawn or rounded may differ between processes
     return scores
 
-
 def linear_layers(model, layers=None):
-    """{name, as before torch.compile: module} of the linear layers that can be scored and sparsified.
-    Their type is exactly nn.Linear or SparseLinear, their weight a floating-point parameter of theirs alone:
-    who corrects an output head that is tied to the embedding changes the embedding.
-    """
+    """{name, as before torch.compile: module} of the linear layers that can be scored and sparsified: of type
+    nn.Linear or SparseLinear, exactly, with a floating-point weight that is a parameter and not shared."""
     if layers is not None and not callable(layers):
         raise ValueError(f"`layers` has to be a function of a module's name, not {layers!r}")
-    used = collections.Counter(p.data_ptr() for m in model.modules() for p in m.parameters(False) if p.numel())
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError("give the module inside DistributedDataParallel, and wrap it after its mask is set")
+    used = collections.Counter(p.data_ptr() for m in model.modules() for p in m.parameters(recurse=False))
     chosen = {}
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight") if type(module) in (nn.Linear, SparseLinear) else None
-        owned = weight is not None and weight.is_floating_point() and used[weight.data_ptr()] == 1
-        name = name.replace("_orig_mod.", "")
-        if owned and (layers is None or layers(name)):
+        linear = type(module) is nn.Linear or isinstance(module, SparseLinear)
+        weight = module._parameters.get("weight") if linear else None  # a computed one is no parameter
+        fits = weight is not None and weight.numel() and weight.is_floating_point() and weight.itemsize > 1
+        name = ".".join(part for part in name.split(".") if part != "_orig_mod")
+        if fits and used[weight.data_ptr()] == 1 and (layers is None or layers(name)):
             chosen[name] = module
     return chosen
-
 
 @contextlib.contextmanager
 def _left_as_found(model):
     """Eval mode, no gradients and nothing that requires one; afterwards all is as it was, bit for bit."""
-    if any(p._post_accumulate_grad_hooks for p in model.parameters()):
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()):
         raise ValueError("a hook waits for a gradient, where an optimizer may step: remove it first")
     parameters = [(p, p.requires_grad, p.grad_dtype, p.grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
@@ -95,7 +93,6 @@ def _left_as_found(model):
             setattr(module, name, buffer)
     torch.rand(())  # of all that was drawn one number counts: the next random scores are others
 
-
 def _plain(value):
     """A batch or an output with libraries' own mappings and dataclasses as dicts."""
     if isinstance(value, collections.abc.Mapping):
@@ -105,10 +102,14 @@ def _plain(value):
 def _tensors(value):
     return [leaf for leaf in pytree.tree_leaves(_plain(value)) if isinstance(leaf, torch.Tensor)]
 
+def _size(batch):
+    if not _tensors(batch):
+        raise ValueError(f"a batch has to hold tensors, and is of {type(batch).__name__}")
+    return len(_tensors(batch)[0])
 
 def _count_samples(batches, weights):
     """How many samples the batches of all processes hold; every process has to have some."""
-    here = sum(len(_tensors(batch)[0]) for batch in batches)
+    here = sum(map(_size, batches))
     counts = torch.tensor([here, here == 0], device=next(iter(weights.values())).device)
     count, empty = sum_over_processes(counts).tolist()
     if empty:
@@ -130,7 +131,7 @@ def mean_gradient(model, weights, batches, loss_fn, power=1):
         w.grad = torch.zeros(w.shape, dtype=w.grad_dtype, device=w.device)  # to which backward passes add
         total[name] = w.grad if power == 1 else torch.zeros_like(w.grad)
     for batch in batches:
-        loss, size = loss_fn(model, batch), len(_tensors(batch)[0])
+        loss, size = loss_fn(model, batch), _size(batch)
         if loss.shape not in ((), (size,)):
             raise ValueError(f"loss_fn: shape {tuple(loss.shape)} is not that of {size} losses or their mean")
         (loss.sum() if loss.dim() else loss * size).backward()
@@ -138,7 +139,6 @@ def mean_gradient(model, weights, batches, loss_fn, power=1):
             total[name] += w.grad**power
             w.grad.zero_()
     return {name: sum_over_processes(gradient.div_(count)) for name, gradient in total.items()}
-
 
 def random(model, weights, batches, loss_fn):
     """Uniform in [0, 1): the control. Drawn on the CPU, so that every device gets the same mask."""
@@ -163,8 +163,7 @@ def snip(model, weights, batches, loss_fn):
 
 def taylor(model, weights, batches, loss_fn):
     """(g ⊙ θ)², which ranks exactly like SNIP: in float64, where no float32's square is rounded or lost."""
-    return {name: p.double().square() for name, p in force(model, weights, batches, loss_fn).items()}
-
+    return {name: p.double().square_() for name, p in force(model, weights, batches, loss_fn).items()}
 
 def grasp(model, weights, batches, loss_fn):
     """−(H g) ⊙ θ, where H g is the gradient of ℓ's slope along g: of ∂ℓ/∂θ · g, with g held constant."""
@@ -180,13 +179,11 @@ def grasp(model, weights, batches, loss_fn):
         product = mean_gradient(model, weights, batches, slope)
     return {name: product[name].mul_(w.detach()).neg_() for name, w in weights.items()}
 
-
 def fisher(model, weights, batches, loss_fn):
     """E[g_n²], the mean over samples n of that sample's squared gradient: by definition, one by one."""
     samples = [pytree.tree_map_only(torch.Tensor, lambda part: part[n : n + 1], _plain(batch))
-               for batch in batches for n in range(len(_tensors(batch)[0]))]  # fmt: skip
+               for batch in batches for n in range(_size(batch))]  # fmt: skip
     return mean_gradient(model, weights, samples, loss_fn, power=2)
-
 
 def synflow(model, weights, batches, loss_fn):
     """(∂R/∂θ) ⊙ θ, where R sums the outputs of the linearised network for an input of ones."""
@@ -200,26 +197,27 @@ def synflow(model, weights, batches, loss_fn):
         output = model(**{next(iter(batches[0])): inputs}) if named else model(inputs)
     total = _tensors(output)[0].sum()
     gradients = torch.autograd.grad(total, [*positive.values()], materialize_grads=True)
+    if any((g < 0).any() for g in gradients):
+        raise ValueError("SynFlow: the model subtracts, and positive weights may not lower the outputs")
     return {name: g * positive[w].detach() for (name, w), g in zip(weights.items(), gradients)}
-
 
 class _Linearised(torch.overrides.TorchFunctionMode):
     """The network as SynFlow sees it, in float64: absolute weights, no biases, no non-linearity.
-    The signal is what requires a gradient. Activations, and attention over one position, pass it on;
+    The signal is what requires a gradient. Activations pass it on, and attention, to all positions alike;
     embeddings look up ones; a norm is its gain. Two signals' product (a gated MLP) is their geometric mean:
-    a plain one would square them in every block. All else has to be linear: it is tried on twice the signal.
-    """
+    a plain one would square them in every block. All else has to be linear: tried on twice the signal."""
 
     ACTIVATIONS = set("relu6 elu celu selu gelu silu mish tanh sigmoid softplus softsign hardtanh hardswish "
                       "hardsigmoid logsigmoid pow square".split())  # fmt: skip
     GAINS = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 3}  # function: its argument
+    SUMS = set("add radd iadd sub rsub isub subtract".split())
 
     def __init__(self, positive):
         super().__init__()
         self.positive = positive  # scored weight -> its absolute value, which collects the gradient
 
     def absolute(self, weight):
-        return self.positive[weight] if weight in self.positive else weight.detach().abs().double()
+        return self.positive[weight] if weight in self.positive else weight.detach().double().abs()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.__name__.strip("_"), kwargs or {}  # add_, __add__: add
@@ -231,30 +229,44 @@ class _Linearised(torch.overrides.TorchFunctionMode):
             return func(*args, **kwargs)
         if name in ("linear", "conv1d", "conv2d", "conv3d"):
             return func(given[0], self.absolute(given[1]), None, *given[3:])
+        if name == "rsqrt" or name == "pow" and given[1] < 0:  # of a norm written by hand
+            return torch.ones_like(given[0])
         if name in self.ACTIVATIONS or name in ("to", "float", "type"):  # the signal stays in float64
             return given[0]
         if name in self.GAINS:
             gain = given[self.GAINS[name]] if len(given) > self.GAINS[name] else None
-            shape = (-1, *[1] * (given[0].dim() - 2)) if name in ("group_norm", "batch_norm") else (-1,)
+            shape = (-1, *[1] * (given[0].dim() - 2)) if name in ("group_norm", "batch_norm") else given[1]
             return given[0] if gain is None else given[0] * self.absolute(gain).view(shape)
         if name == "scaled_dot_product_attention":
-            value = kwargs.get("value", given[2])
-            return value.repeat_interleave(given[0].size(1) // value.size(1), 1)  # to all heads of a group
-        if name == "rsqrt" or name == "softmax" and given[0].size(kwargs.get("dim", given[1])) == 1:
-            return torch.ones_like(given[0]).detach()  # of a norm or of attention written by hand
-        if name in ("mul", "rmul", "imul", "multiply") and len(signals) == 2:
-            return math.prod(factor.clamp(min=1e-300).sqrt() for factor in signals)  # no overflow
+            query, value = kwargs.get("query", given[0]), kwargs.get("value", given[2])
+            value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)  # to all heads of a group
+            return value.mean(-2, keepdim=True).expand(*query.shape[:-1], -1)
+        if name == "multi_head_attention_forward":  # queries and keys of zero
+            args = (*(0 * t.detach() for t in args[:2]), *args[2:])
+            kwargs |= {"attn_mask": None, "key_padding_mask": None, "is_causal": False}
+        if name == "softmax" and given[0].isnan().any():  # of attention written by hand
+            return torch.full_like(given[0], 1 / given[0].size(kwargs.get("dim", given[1])))
+        if name in ("mul", "rmul", "imul", "multiply") and len(signals) == 2:  # without overflow
+            return math.prod(factor.clamp(min=1e-300).sqrt() * (factor > 0) for factor in signals)
         if name in ("matmul", "bmm", "einsum") and len(signals) == 2:
             return func(*args, **kwargs) * math.nan  # of queries and keys: only for softmax
-        known = torch.zeros_like if name in ("add", "radd", "iadd") else self.absolute  # no biases
-        args, kwargs = pytree.tree_map_only(nn.Parameter, known, (args, kwargs))
-        twice = pytree.tree_map_only(torch.Tensor, lambda t: t + t if t.requires_grad else t, (args, kwargs))
-        output, doubled = func(*args, **kwargs), func(*twice[0], **twice[1])
+        def applied(twice):  # to the signal, or to twice the signal; all else is positive, and biases zero
+            def value(t):
+                if any(t is signal for signal in signals):
+                    return t + t if twice else t
+                bias = name in self.SUMS or name == "multi_head_attention_forward" and t.dim() == 1
+                known = torch.zeros_like(t, dtype=torch.float64) if bias else self.absolute(t)
+                return known if t.is_floating_point() else t
+            given = pytree.tree_map_only(torch.Tensor, value, (args, kwargs))
+            return func(*given[0], **given[1])
+        writes = func.__name__[-1] == "_" != func.__name__[-2] or name == "setitem"
+        linear = not writes or args[0].requires_grad  # else a result gets lost in a constant
+        doubled, output = applied(twice=True), applied(twice=False)  # in this order: it may work in place
         for one, two in zip(_tensors(output), _tensors(doubled)):
-            if one.requires_grad and not torch.allclose(one + one, two, rtol=1e-3, equal_nan=True):
-                raise ValueError(f"SynFlow: the operation {name} of the model is not linear")
+            linear &= not one.requires_grad or one.isnan().any() or torch.allclose(one + one, two, rtol=1e-3)
+        if not linear:
+            raise ValueError(f"SynFlow: the operation {name} of the model is not linear")
         return output
-
 
 METRICS = {f.__name__: f for f in (random, magnitude, grad, snip, force, taylor, synflow, grasp, fisher)}
 
@@ -262,8 +274,7 @@ METRICS = {f.__name__: f for f in (random, magnitude, grad, snip, force, taylor,
 def select(scores, density, scope):
     """Keep the top `density` of all scores: {name: score} -> {name: sorted flat indices, int64}.
     scope: "global" keeps round(density * numel) of all layers together, "local" that of each, at least one.
-    Ties go to the earlier layer and the lower index. Raises ValueError for what cannot be ranked like that.
-    """
+    Ties go to the earlier layer and the lower index. Raises ValueError for what cannot be ranked so."""
     if not (isinstance(density, (int, float)) and 0 < density <= 1 and scope in ("global", "local")):
         raise ValueError(f"density has to be in (0, 1], scope global or local, not {density!r} and {scope!r}")
     if any(score.isnan().any() for score in scores.values()):
@@ -275,19 +286,20 @@ def select(scores, density, scope):
         raise ValueError(f"a density of {density} keeps none of the weights")
     return _top(scores, count)
 
-
 def _top(scores, count):
     """The flat indices of the `count` largest scores; copies at most about `count` scores and one layer's."""
-    scores = {name: score.flatten() for name, score in scores.items()}
-    top, least, indices = torch.empty(0), -math.inf, {}
+    scores = {name: score.detach().flatten() for name, score in scores.items()}
+    top, least, indices = [], torch.tensor([-math.inf]), {}  # of one dimension: types widen for it
     for score in scores.values():
-        top = torch.cat((top, score[score >= least].detach().cpu()))
-        if len(top) >= 1.5 * count:
-            top = top.topk(count).values
-            least = top[-1].item()  # what is lower than the least of the largest so far is not among them
-    least = top.topk(count).values[-1].item()
+        top.append(score[score >= least.to(score.device)].cpu())
+        if sum(map(len, top)) >= 1.5 * count:
+            top = [torch.cat(top).topk(count, sorted=False).values]
+            least = top[0].min()[None]  # what is lower than the least of the largest so far is not among them
+    top = torch.cat(top).topk(count, sorted=False).values
+    least = top.min()[None]
     ties = count - (top > least).sum().item()
     for name, score in scores.items():
+        least = least.to(score.device)
         tied = (score == least).nonzero()[:ties]
         indices[name] = torch.cat(((score > least).nonzero(), tied)).squeeze(1).sort().values
         ties -= len(tied)
@@ -300,8 +312,7 @@ class SparseLinear(nn.Linear):
     delta (k,): the trainable correction, float32 whatever the weight's type. known (m,): sorted flat places
     of all entries that a mask has trained; original (m,): their values in the base. From the second mask on,
     carried (m,) is what earlier ones learned, and place (k,) where the mask stands in `known`. An entry of
-    the weight is original + (carried + delta), written anew whenever it is read: nothing else may write it.
-    """
+    the weight is original + (carried + delta), written whenever it is read: nothing else may write it."""
 
     BUFFERS = ("known", "original", "carried", "place")
 
@@ -365,7 +376,7 @@ class SparseLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict, prefix, *others):
-        if prefix + "known" not in state_dict:
+        if prefix + "weight" in state_dict and prefix + "known" not in state_dict:
             raise ValueError(f"layer {prefix[:-1]!r} is sparse: `merge` before loading a base")
         super()._load_from_state_dict(state_dict, prefix, *others)
         self.planned = cover(self.index, *self._parameters["weight"].shape)
@@ -377,7 +388,6 @@ class SparseLinear(nn.Linear):
         self.planned = cover(self.index, *self._parameters["weight"].shape)
         self.sync()  # round the sum, not the rounded sum
         return self
-
 
 class _MaskedLinear(torch.autograd.Function):
     """y (N, out) = x Wᵀ + b for x (..., in), N rows; of W's gradient it forms what `cover` planned."""
@@ -404,7 +414,6 @@ class _MaskedLinear(torch.autograd.Function):
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, dbias, products.index_select(0, places).float(), None, None, None, None
 
-
 def cover(index, n_rows, n_columns):
     """The parts of the weight's gradient to form, so that they hold all the entries `index` and little else.
     An entry of the gradient dyᵀ x is a product of a column of dy and one of x: its parts, transposed, are
@@ -412,8 +421,7 @@ def cover(index, n_rows, n_columns):
     The entries that matter lie in few columns (input features) and rows (outputs): the first part takes whole
     the columns of which a 32nd is trained, the second the rows and columns of the other entries.
     Returns where the entries stand in the parts, laid flat one after the other (k,); the columns, the crowded
-    first; the rows; how many are crowded: all where the whole gradient is cheaper.
-    """
+    first; the rows; how many are crowded: all where the whole gradient is cheaper."""
     row, column = index // n_columns, index % n_columns
     is_crowded = column.bincount(minlength=n_columns) >= n_rows / 32
     crowded, outside = is_crowded.nonzero().squeeze(1), ~is_crowded[column]
@@ -423,7 +431,7 @@ def cover(index, n_rows, n_columns):
     columns = torch.cat((crowded, others))
     cost = n_rows * (len(crowded) + 16) + len(others) * len(rows) + 64 * (len(columns) + len(rows))
     if cost + 2**19 * index.is_cuda >= n_rows * n_columns:
-        return column * n_rows + row, torch.arange(n_columns, device=index.device), rows[:0], n_columns
+        return column * n_rows + row, torch.arange(n_columns).to(index), index.new_empty(0), n_columns
     in_first = torch.searchsorted(crowded, column) * n_rows + row
     in_second = torch.searchsorted(others, column) * len(rows) + torch.searchsorted(rows, row)
     places = torch.where(outside, len(crowded) * n_rows + in_second, in_first)
@@ -434,8 +442,7 @@ def sparsify(model, indices):
     """Make the named linear layers SparseLinears in place and freeze everything else; returns the deltas.
     indices: {module name: sorted flat indices (k,)}, of `select`. Empty deltas are left out, earlier ones
     freeze (`remask` is the next mask's way). Buffers do not: BatchNorm's statistics drift in training mode,
-    and are in no adapter. Raises ValueError, before anything is changed, for what does not fit.
-    """
+    and are in no adapter. Raises ValueError, before anything is changed, for what does not fit."""
     modules = linear_layers(model)
     for name, index in indices.items():
         _check_index(modules, name, index)
@@ -445,16 +452,13 @@ def sparsify(model, indices):
         modules[name].set_mask(index)
     return [modules[name].delta for name in indices if modules[name].delta.numel()]
 
-
 def remask(model, indices):
     """The dynamic step: what was learned stays, the new mask starts from zero; returns its deltas."""
     emptied = {name: torch.empty(0, dtype=torch.int64) for name, _ in _sparse_layers(model)}
     return sparsify(model, emptied | indices)
 
-
 def _sparse_layers(model):
-    return [(name, module) for name, module in linear_layers(model).items() if type(module) is SparseLinear]
-
+    return [item for item in linear_layers(model).items() if isinstance(item[1], SparseLinear)]
 
 def _check_index(modules, name, index):
     if name not in modules:
@@ -464,23 +468,20 @@ def _check_index(modules, name, index):
     if not fits or len(index) and not (0 <= index[0] and index[-1] < size and (index[1:] > index[:-1]).all()):
         raise ValueError(f"layer {name!r}: indices must be sorted, different integers below {size}")
 
-
 def adapter(model):
     """All that was learned: {module name: (flat indices (m,), float32 corrections (m,), weight's shape)}."""
     return {name: (module.known.clone(), module.total().clone(), tuple(module.weight.shape))
             for name, module in _sparse_layers(model)}  # fmt: skip
 
-
 def load_adapter(model, state):
     """Put what `adapter` returned onto its base, bit for bit, in place of any other; returns the deltas.
-    Raises ValueError, before anything is changed, where it does not fit.
-    """
+    Raises ValueError, before anything is changed, where it does not fit."""
     modules = linear_layers(model)
     for name, (index, values, shape) in state.items():
         _check_index(modules, name, index)
         fits = tuple(shape) == modules[name].weight.shape and values.shape == index.shape
         if not (fits and values.dtype == torch.float32 and values.isfinite().all()):
-            raise ValueError(f"layer {name!r}: not of shape {tuple(shape)}, or not finite float32, one an index")
+            raise ValueError(f"layer {name!r}: not finite float32, one an index, of shape {tuple(shape)}")
     for _, module in _sparse_layers(model):
         module._parameters["weight"].data.view(-1)[module.known] = module.original
         module.plain()
@@ -489,7 +490,6 @@ def load_adapter(model, state):
         modules[name].delta.data.copy_(values)
         modules[name].sync()
     return deltas
-
 
 def merge(model):
     """Turn every SparseLinear into an nn.Linear with the corrected weight, still frozen; return the model."""

@@ -136,15 +136,3 @@ def assert_close(scores, expected, rtol=1e-6, atol=1e-8):
         message = lambda text: f"{name}: {text}"  # noqa: E731
         got = scores[name].double()
         torch.testing.assert_close(got, want.double(), rtol=rtol, atol=atol * largest, msg=message)
-
-
-def assert_close_up_to_a_power_of_two(scores, expected):
-    """Returns the common exponent; entries that scaling moved among float32's subnormals are not compared."""
-    got, want = join(scores).double(), join(expected)
-    assert got.isfinite().all()
-    counted = got.abs() > 1e-36
-    assert counted.sum() >= (want != 0).sum() * 0.9
-    exponents = (got[counted] / want[counted]).log2()
-    exponent = exponents.mean().round()
-    torch.testing.assert_close(exponents, exponent.expand_as(exponents), rtol=0, atol=1e-5)
-    return int(exponent)

@@ -278,7 +278,8 @@ def test_a_new_layer_is_a_linear_with_a_frozen_weight_and_a_zero_float32_delta(d
     assert layer.weight.dtype == dtype and not layer.weight.requires_grad
     assert isinstance(layer.delta, nn.Parameter) and layer.delta.requires_grad
     assert same_bits(layer.delta, torch.zeros(3))
-    assert dict(layer.named_buffers())["index"].tolist() == [1, 4, 11]
+    assert layer.index.tolist() == [1, 4, 11] and layer.index.dtype == torch.int64
+    assert set(dict(layer.named_buffers())) == {"known", "original"}  # the rest is for a second mask
 
 
 def test_delta_is_float32_whatever_the_default_type():

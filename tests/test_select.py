@@ -92,6 +92,30 @@ def test_select_gives_layers_without_a_kept_weight_an_empty_entry():
     assert [index.tolist() for index in masks.values()] == [[], [0, 1, 2, 3], []]
 
 
+@pytest.mark.parametrize("scale", (1e-300, 1e-100, 1.0, 1e100, 1e300))
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_select_ranks_float64_scores_beyond_float32s_range_and_resolution(scope, scale):
+    torch.manual_seed(0)
+    scores = {name: scale * (1 + 1e-9 * torch.randn(shape, dtype=torch.float64))
+              for name, shape in (("a", (9, 7)), ("b", (8, 8)), ("c", (1, 30)))}  # fmt: skip
+    for density in (0.1, 0.4, 1.0):
+        found = {name: index.tolist() for name, index in select(scores, density, scope).items()}
+        assert found == by_sorting(scores, density, scope)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_select_compares_scores_of_several_types_exactly(seed):
+    """What is equal as a narrower type is not equal: a tie of that kind would change the count."""
+    torch.manual_seed(seed)
+    types = (torch.bfloat16, torch.float32, torch.float64, torch.float32)
+    scores = {str(i): (1 + 0.01 * torch.rand(20, 20, dtype=torch.float64)).to(t) for i, t in enumerate(types)}
+    scores["tiny"] = torch.full((5, 5), 1e-300, dtype=torch.float64)
+    scores["zero"] = torch.zeros(5, 5)
+    for density in (0.01, 0.1, 0.5, 1610 / 1650):
+        found = {name: index.tolist() for name, index in select(scores, density, "global").items()}
+        assert found == by_sorting(scores, density, "global")
+
+
 @pytest.mark.parametrize("scope", ["global", "local"])
 def test_select_counts_row_major_also_for_non_contiguous_scores(scope):
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from helpers import GPT_STYLES, assert_same_tensors, random_gpt, random_mlp, scramble, weights_of
 from model import GPT, GPTConfig
-from oracles import assert_close, assert_close_up_to_a_power_of_two, chain_flow, gpt_flow, join
+from oracles import assert_close, chain_flow, gpt_flow, join
 from speft import salience
 
 
@@ -116,8 +116,7 @@ def test_synflow_is_right_on_eight_blocks(std):
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=std)
     scores, expected = synflow(model, torch.zeros(2, 3, dtype=torch.long)), gpt_flow(model)
-    exponent = assert_close_up_to_a_power_of_two(scores, expected)
-    assert exponent == 0 or join(expected).max() > torch.finfo(torch.float32).max
+    assert_close(scores, expected)
 
 
 @pytest.mark.parametrize("std", (0.02, 0.5, 5.0))
@@ -126,8 +125,9 @@ def test_synflow_through_thirty_gated_blocks_stays_finite(std):
     model, batches = random_gpt("llama", n_layer=30, n_embd=16, n_inner=24, dtype=torch.float32)
     scramble(model, std)
     scores = synflow(model, *batches[0])
-    exponent = assert_close_up_to_a_power_of_two(scores, gpt_flow(model))
-    assert (exponent < 0) == (std >= 0.5)
+    assert_close(scores, gpt_flow(model))
+    assert (join(scores).max() > torch.finfo(torch.float32).max) == (std >= 0.5)
+    assert (join(scores).max().log2() > 512) == (std == 5.0)
 
 
 def test_synflow_with_a_dead_gate_is_synflow_without_those_units():
@@ -228,13 +228,11 @@ def test_synflow_takes_an_embedding_lookup_for_ones():
 
 @pytest.mark.parametrize("size", (1e-40, 1e-30, 1e-9, 1e-2, 1.0, 1e4, 1e9, 1e30))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
-def test_synflow_beyond_float32_is_scaled_by_one_power_of_two(size, dtype):
+def test_synflow_beyond_float32s_range_is_right(size, dtype):
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(7))).to(dtype)
     for layer in model:
         nn.init.uniform_(layer.weight, 0.5 * size, 2 * size)
     scores, (expected, _) = synflow(model, torch.ones(1, 4, dtype=dtype)), chain_flow(model)
-    exponent = assert_close_up_to_a_power_of_two(scores, expected)
-    low, high = join(expected).aminmax()
-    if 1e-36 < low and high < 3e38:
-        assert exponent == 0
+    assert join(expected).min() > 0
+    assert_close(scores, expected, rtol=1e-9, atol=0)
