@@ -2,8 +2,7 @@
 
     scores = salience(model, "grad", batches, loss_fn)     # how much does every weight matter?
     indices = select(scores, density=0.01, scope="global") # the mask: the top 1%
-    deltas = sparsify(model, indices)                      # freeze the model, train those entries
-    ...                                                    # any loop, any optimizer over `deltas`
+    deltas = sparsify(model, indices)                      # freeze the model but for those entries, and train
     adapter(model)                                         # what was learned, as a few numbers
 
 After Liu et al., "Refining Salience-Aware Sparse Fine-Tuning Strategies for Language Models", ACL 2025
@@ -33,7 +32,7 @@ def salience(model, metric, batches, loss_fn, layers=None):
         raise ValueError(f"unknown metric {metric!r}: choose from {', '.join(METRICS)}")
     modules = linear_layers(model, layers)
     if not modules:
-        kinds = {type(module).__name__ for module in model.modules()}
+        kinds = sorted({type(module).__name__ for module in model.modules()})
         raise ValueError(f"`layers` matches no nn.Linear with a weight of its own; the model is of {kinds}")
     with _left_as_found(model):
         weights = {name: module.weight.requires_grad_() for name, module in modules.items()}
@@ -46,13 +45,12 @@ def salience(model, metric, batches, loss_fn, layers=None):
             dist.broadcast(scores[name], 0)  # what is drawn or rounded may differ between processes
     return scores
 
+
 def linear_layers(model, layers=None):
     """{name, as before torch.compile: module} of the linear layers that can be scored and sparsified: of type
     nn.Linear or SparseLinear, exactly, with a floating-point weight that is a parameter and not shared."""
     if layers is not None and not callable(layers):
         raise ValueError(f"`layers` has to be a function of a module's name, not {layers!r}")
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        raise ValueError("give the module inside DistributedDataParallel, and wrap it after its mask is set")
     used = collections.Counter(p.data_ptr() for m in model.modules() for p in m.parameters(recurse=False))
     chosen = {}
     for name, module in model.named_modules():
@@ -63,6 +61,7 @@ def linear_layers(model, layers=None):
         if fits and used[weight.data_ptr()] == 1 and (layers is None or layers(name)):
             chosen[name] = module
     return chosen
+
 
 @contextlib.contextmanager
 def _left_as_found(model):
@@ -93,23 +92,19 @@ def _left_as_found(model):
             setattr(module, name, buffer)
     torch.rand(())  # of all that was drawn one number counts: the next random scores are others
 
+
 def _plain(value):
     """A batch or an output with libraries' own mappings and dataclasses as dicts."""
-    if isinstance(value, collections.abc.Mapping):
-        return dict(value)
+    value = dict(value) if isinstance(value, collections.abc.Mapping) else value
     return vars(value) if dataclasses.is_dataclass(value) else value
 
 def _tensors(value):
     return [leaf for leaf in pytree.tree_leaves(_plain(value)) if isinstance(leaf, torch.Tensor)]
 
-def _size(batch):
-    if not _tensors(batch):
-        raise ValueError(f"a batch has to hold tensors, and is of {type(batch).__name__}")
-    return len(_tensors(batch)[0])
 
 def _count_samples(batches, weights):
     """How many samples the batches of all processes hold; every process has to have some."""
-    here = sum(map(_size, batches))
+    here = sum(len(_tensors(batch)[0]) for batch in batches)
     counts = torch.tensor([here, here == 0], device=next(iter(weights.values())).device)
     count, empty = sum_over_processes(counts).tolist()
     if empty:
@@ -131,7 +126,7 @@ def mean_gradient(model, weights, batches, loss_fn, power=1):
         w.grad = torch.zeros(w.shape, dtype=w.grad_dtype, device=w.device)  # to which backward passes add
         total[name] = w.grad if power == 1 else torch.zeros_like(w.grad)
     for batch in batches:
-        loss, size = loss_fn(model, batch), _size(batch)
+        loss, size = loss_fn(model, batch), len(_tensors(batch)[0])
         if loss.shape not in ((), (size,)):
             raise ValueError(f"loss_fn: shape {tuple(loss.shape)} is not that of {size} losses or their mean")
         (loss.sum() if loss.dim() else loss * size).backward()
@@ -139,6 +134,7 @@ def mean_gradient(model, weights, batches, loss_fn, power=1):
             total[name] += w.grad**power
             w.grad.zero_()
     return {name: sum_over_processes(gradient.div_(count)) for name, gradient in total.items()}
+
 
 def random(model, weights, batches, loss_fn):
     """Uniform in [0, 1): the control. Drawn on the CPU, so that every device gets the same mask."""
@@ -165,6 +161,7 @@ def taylor(model, weights, batches, loss_fn):
     """(g ⊙ θ)², which ranks exactly like SNIP: in float64, where no float32's square is rounded or lost."""
     return {name: p.double().square_() for name, p in force(model, weights, batches, loss_fn).items()}
 
+
 def grasp(model, weights, batches, loss_fn):
     """−(H g) ⊙ θ, where H g is the gradient of ℓ's slope along g: of ∂ℓ/∂θ · g, with g held constant."""
     g = mean_gradient(model, weights, batches, loss_fn)
@@ -179,11 +176,13 @@ def grasp(model, weights, batches, loss_fn):
         product = mean_gradient(model, weights, batches, slope)
     return {name: product[name].mul_(w.detach()).neg_() for name, w in weights.items()}
 
+
 def fisher(model, weights, batches, loss_fn):
     """E[g_n²], the mean over samples n of that sample's squared gradient: by definition, one by one."""
     samples = [pytree.tree_map_only(torch.Tensor, lambda part: part[n : n + 1], _plain(batch))
-               for batch in batches for n in range(_size(batch))]  # fmt: skip
+               for batch in batches for n in range(len(_tensors(batch)[0]))]  # fmt: skip
     return mean_gradient(model, weights, samples, loss_fn, power=2)
+
 
 def synflow(model, weights, batches, loss_fn):
     """(∂R/∂θ) ⊙ θ, where R sums the outputs of the linearised network for an input of ones."""
@@ -195,11 +194,12 @@ def synflow(model, weights, batches, loss_fn):
     with _Linearised(positive):
         named = isinstance(batches[0], collections.abc.Mapping)
         output = model(**{next(iter(batches[0])): inputs}) if named else model(inputs)
-    total = _tensors(output)[0].sum()
-    gradients = torch.autograd.grad(total, [*positive.values()], materialize_grads=True)
+    flow = _tensors(output)[0].sum()
+    gradients = torch.autograd.grad(flow, [*positive.values()], materialize_grads=True)
     if any((g < 0).any() for g in gradients):
         raise ValueError("SynFlow: the model subtracts, and positive weights may not lower the outputs")
     return {name: g * positive[w].detach() for (name, w), g in zip(weights.items(), gradients)}
+
 
 class _Linearised(torch.overrides.TorchFunctionMode):
     """The network as SynFlow sees it, in float64: absolute weights, no biases, no non-linearity.
@@ -210,7 +210,6 @@ class _Linearised(torch.overrides.TorchFunctionMode):
     ACTIVATIONS = set("relu6 elu celu selu gelu silu mish tanh sigmoid softplus softsign hardtanh hardswish "
                       "hardsigmoid logsigmoid pow square".split())  # fmt: skip
     GAINS = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 3}  # function: its argument
-    SUMS = set("add radd iadd sub rsub isub subtract".split())
 
     def __init__(self, positive):
         super().__init__()
@@ -241,32 +240,21 @@ class _Linearised(torch.overrides.TorchFunctionMode):
             query, value = kwargs.get("query", given[0]), kwargs.get("value", given[2])
             value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)  # to all heads of a group
             return value.mean(-2, keepdim=True).expand(*query.shape[:-1], -1)
-        if name == "multi_head_attention_forward":  # queries and keys of zero
-            args = (*(0 * t.detach() for t in args[:2]), *args[2:])
-            kwargs |= {"attn_mask": None, "key_padding_mask": None, "is_causal": False}
         if name == "softmax" and given[0].isnan().any():  # of attention written by hand
             return torch.full_like(given[0], 1 / given[0].size(kwargs.get("dim", given[1])))
         if name in ("mul", "rmul", "imul", "multiply") and len(signals) == 2:  # without overflow
             return math.prod(factor.clamp(min=1e-300).sqrt() * (factor > 0) for factor in signals)
         if name in ("matmul", "bmm", "einsum") and len(signals) == 2:
             return func(*args, **kwargs) * math.nan  # of queries and keys: only for softmax
-        def applied(twice):  # to the signal, or to twice the signal; all else is positive, and biases zero
-            def value(t):
-                if any(t is signal for signal in signals):
-                    return t + t if twice else t
-                bias = name in self.SUMS or name == "multi_head_attention_forward" and t.dim() == 1
-                known = torch.zeros_like(t, dtype=torch.float64) if bias else self.absolute(t)
-                return known if t.is_floating_point() else t
-            given = pytree.tree_map_only(torch.Tensor, value, (args, kwargs))
-            return func(*given[0], **given[1])
-        writes = func.__name__[-1] == "_" != func.__name__[-2] or name == "setitem"
-        linear = not writes or args[0].requires_grad  # else a result gets lost in a constant
-        doubled, output = applied(twice=True), applied(twice=False)  # in this order: it may work in place
+        known = torch.zeros_like if name in ("add", "radd", "iadd") else self.absolute  # no biases
+        args, kwargs = pytree.tree_map_only(nn.Parameter, known, (args, kwargs))
+        twice = pytree.tree_map_only(torch.Tensor, lambda t: t + t if t.requires_grad else t, (args, kwargs))
+        doubled, output = func(*twice[0], **twice[1]), func(*args, **kwargs)
         for one, two in zip(_tensors(output), _tensors(doubled)):
-            linear &= not one.requires_grad or one.isnan().any() or torch.allclose(one + one, two, rtol=1e-3)
-        if not linear:
-            raise ValueError(f"SynFlow: the operation {name} of the model is not linear")
+            if one.requires_grad and not torch.allclose(one + one, two, rtol=1e-3, equal_nan=True):
+                raise ValueError(f"SynFlow: the operation {name} of the model is not linear")
         return output
+
 
 METRICS = {f.__name__: f for f in (random, magnitude, grad, snip, force, taylor, synflow, grasp, fisher)}
 
@@ -285,6 +273,7 @@ def select(scores, density, scope):
     if count == 0:
         raise ValueError(f"a density of {density} keeps none of the weights")
     return _top(scores, count)
+
 
 def _top(scores, count):
     """The flat indices of the `count` largest scores; copies at most about `count` scores and one layer's."""
@@ -331,7 +320,6 @@ class SparseLinear(nn.Linear):
             place = torch.searchsorted(known, index)
         for name, buffer in zip(self.BUFFERS, (known, flat[known], carried, place)):
             self.register_buffer(name, buffer)
-        # Without entries it asks for no gradient: DistributedDataParallel would wait for it.
         self.delta = nn.Parameter(torch.zeros_like(index, dtype=torch.float32), requires_grad=len(index) > 0)
         self.planned = cover(index, *weight.shape)
         self.sync()
@@ -382,12 +370,12 @@ class SparseLinear(nn.Linear):
         self.planned = cover(self.index, *self._parameters["weight"].shape)
 
     def _apply(self, fn, recurse=True):
-        # .to(torch.bfloat16) means the weights; corrections move along, but stay float32.
-        exact = (self.delta, self.delta.grad, self.carried)
+        exact = (self.delta, self.delta.grad, self.carried)  # .to(torch.bfloat16) means the weights alone
         super()._apply(lambda t: t.to(fn(t).device) if any(t is e for e in exact) else fn(t), recurse)
         self.planned = cover(self.index, *self._parameters["weight"].shape)
         self.sync()  # round the sum, not the rounded sum
         return self
+
 
 class _MaskedLinear(torch.autograd.Function):
     """y (N, out) = x Wᵀ + b for x (..., in), N rows; of W's gradient it forms what `cover` planned."""
@@ -414,28 +402,33 @@ class _MaskedLinear(torch.autograd.Function):
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, dbias, products.index_select(0, places).float(), None, None, None, None
 
+
 def cover(index, n_rows, n_columns):
     """The parts of the weight's gradient to form, so that they hold all the entries `index` and little else.
     An entry of the gradient dyᵀ x is a product of a column of dy and one of x: its parts, transposed, are
         x[:, crowded]ᵀ dy   and   x[:, others]ᵀ dy[:, rows].
     The entries that matter lie in few columns (input features) and rows (outputs): the first part takes whole
-    the columns of which a 32nd is trained, the second the rows and columns of the other entries.
+    the columns of which a 32nd is trained, if it pays, the second the rows and columns of the other entries.
     Returns where the entries stand in the parts, laid flat one after the other (k,); the columns, the crowded
     first; the rows; how many are crowded: all where the whole gradient is cheaper."""
     row, column = index // n_columns, index % n_columns
-    is_crowded = column.bincount(minlength=n_columns) >= n_rows / 32
-    crowded, outside = is_crowded.nonzero().squeeze(1), ~is_crowded[column]
-    others, rows = column[outside].unique(), row[outside].unique()
-    # As measured on a CPU, reading all of dy costs as much as 16 columns of a product, copying a line of x or
-    # dy as much as 64 entries; on CUDA starting up to three more kernels as much as some 2^19.
-    columns = torch.cat((crowded, others))
-    cost = n_rows * (len(crowded) + 16) + len(others) * len(rows) + 64 * (len(columns) + len(rows))
-    if cost + 2**19 * index.is_cuda >= n_rows * n_columns:
+    kept, plans = column.bincount(minlength=n_columns), []
+    for limit in (1 / 32, math.inf):  # with the second no column is crowded: all entries in one rectangle
+        crowded = (kept >= limit * n_rows).nonzero().squeeze(1)
+        outside = ~torch.isin(column, crowded)
+        others, rows = column[outside].unique(), row[outside].unique()
+        # As measured on a CPU, reading all of dy costs as much as 16 columns of a product, copying a line of
+        # x or dy as much as 64 entries; on CUDA starting up to three more kernels as much as some 2^19.
+        lines = len(crowded) + len(others) + len(rows)
+        cost = n_rows * (len(crowded) + 16) + len(others) * len(rows) + 64 * lines + 2**19 * index.is_cuda
+        plans.append((cost, crowded, others, rows, outside))
+    cost, crowded, others, rows, outside = min(plans, key=lambda plan: plan[0])
+    if cost >= n_rows * n_columns:
         return column * n_rows + row, torch.arange(n_columns).to(index), index.new_empty(0), n_columns
     in_first = torch.searchsorted(crowded, column) * n_rows + row
     in_second = torch.searchsorted(others, column) * len(rows) + torch.searchsorted(rows, row)
     places = torch.where(outside, len(crowded) * n_rows + in_second, in_first)
-    return places, columns, rows, len(crowded)
+    return places, torch.cat((crowded, others)), rows, len(crowded)
 
 
 def sparsify(model, indices):
@@ -452,13 +445,16 @@ def sparsify(model, indices):
         modules[name].set_mask(index)
     return [modules[name].delta for name in indices if modules[name].delta.numel()]
 
+
 def remask(model, indices):
     """The dynamic step: what was learned stays, the new mask starts from zero; returns its deltas."""
     emptied = {name: torch.empty(0, dtype=torch.int64) for name, _ in _sparse_layers(model)}
     return sparsify(model, emptied | indices)
 
+
 def _sparse_layers(model):
     return [item for item in linear_layers(model).items() if isinstance(item[1], SparseLinear)]
+
 
 def _check_index(modules, name, index):
     if name not in modules:
@@ -468,10 +464,11 @@ def _check_index(modules, name, index):
     if not fits or len(index) and not (0 <= index[0] and index[-1] < size and (index[1:] > index[:-1]).all()):
         raise ValueError(f"layer {name!r}: indices must be sorted, different integers below {size}")
 
+
 def adapter(model):
     """All that was learned: {module name: (flat indices (m,), float32 corrections (m,), weight's shape)}."""
-    return {name: (module.known.clone(), module.total().clone(), tuple(module.weight.shape))
-            for name, module in _sparse_layers(model)}  # fmt: skip
+    return {n: (m.known.clone(), m.total().clone(), tuple(m.weight.shape)) for n, m in _sparse_layers(model)}
+
 
 def load_adapter(model, state):
     """Put what `adapter` returned onto its base, bit for bit, in place of any other; returns the deltas.
@@ -490,6 +487,7 @@ def load_adapter(model, state):
         modules[name].delta.data.copy_(values)
         modules[name].sync()
     return deltas
+
 
 def merge(model):
     """Turn every SparseLinear into an nn.Linear with the corrected weight, still frozen; return the model."""
