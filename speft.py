@@ -104,11 +104,11 @@ def _tensors(value):
 
 def _count_samples(batches, weights):
     """How many samples the batches of all processes hold; every process has to have some."""
-    here = sum(len(_tensors(batch)[0]) for batch in batches)
+    here = sum(len(_tensors(batch)[0]) for batch in batches if _tensors(batch))
     counts = torch.tensor([here, here == 0], device=next(iter(weights.values())).device)
     count, empty = sum_over_processes(counts).tolist()
     if empty:
-        raise ValueError("this metric needs data, and `batches` is empty, at least in one process")
+        raise ValueError("this metric needs data, and `batches` holds no tensors, at least in one process")
     return count
 
 def sum_over_processes(tensor):
@@ -180,7 +180,7 @@ def grasp(model, weights, batches, loss_fn):
 def fisher(model, weights, batches, loss_fn):
     """E[g_n²], the mean over samples n of that sample's squared gradient: by definition, one by one."""
     samples = [pytree.tree_map_only(torch.Tensor, lambda part: part[n : n + 1], _plain(batch))
-               for batch in batches for n in range(len(_tensors(batch)[0]))]  # fmt: skip
+               for batch in batches if _tensors(batch) for n in range(len(_tensors(batch)[0]))]  # fmt: skip
     return mean_gradient(model, weights, samples, loss_fn, power=2)
 
 
@@ -194,8 +194,7 @@ def synflow(model, weights, batches, loss_fn):
     with _Linearised(positive):
         named = isinstance(batches[0], collections.abc.Mapping)
         output = model(**{next(iter(batches[0])): inputs}) if named else model(inputs)
-    flow = _tensors(output)[0].sum()
-    gradients = torch.autograd.grad(flow, [*positive.values()], materialize_grads=True)
+    gradients = torch.autograd.grad(_tensors(output)[0].sum(), [*positive.values()], materialize_grads=True)
     if any((g < 0).any() for g in gradients):
         raise ValueError("SynFlow: the model subtracts, and positive weights may not lower the outputs")
     return {name: g * positive[w].detach() for (name, w), g in zip(weights.items(), gradients)}
@@ -246,8 +245,10 @@ class _Linearised(torch.overrides.TorchFunctionMode):
             return math.prod(factor.clamp(min=1e-300).sqrt() * (factor > 0) for factor in signals)
         if name in ("matmul", "bmm", "einsum") and len(signals) == 2:
             return func(*args, **kwargs) * math.nan  # of queries and keys: only for softmax
-        known = torch.zeros_like if name in ("add", "radd", "iadd") else self.absolute  # no biases
-        args, kwargs = pytree.tree_map_only(nn.Parameter, known, (args, kwargs))
+        if name in ("add", "radd", "iadd", "sub", "rsub", "isub"):  # what is no signal is a bias
+            zero = lambda t: t if any(t is one for one in signals) else torch.zeros_like(t)  # noqa: E731
+            args, kwargs = pytree.tree_map_only(torch.Tensor, zero, (args, kwargs))
+        args, kwargs = pytree.tree_map_only(nn.Parameter, self.absolute, (args, kwargs))
         twice = pytree.tree_map_only(torch.Tensor, lambda t: t + t if t.requires_grad else t, (args, kwargs))
         doubled, output = func(*twice[0], **twice[1]), func(*args, **kwargs)
         for one, two in zip(_tensors(output), _tensors(doubled)):
@@ -330,7 +331,6 @@ class SparseLinear(nn.Linear):
         return self.known if self.place is None else self.known[self.place]
 
     def total(self):
-        """The correction (m,) of each known entry."""
         delta = self.delta.detach()
         return delta if self.place is None else self.carried.index_add(0, self.place, delta)
 

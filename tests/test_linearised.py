@@ -47,6 +47,9 @@ def test_a_transformer_encoder(batch_first, norm_first, masked):
     if masked:
         mask = nn.Transformer.generate_square_subsequent_mask(1 if not batch_first else 4)
         model.forward = lambda x: nn.TransformerEncoder.forward(model, x, mask=mask)
+    for encoder_layer in model.layers:
+        nn.init.zeros_(encoder_layer.self_attn.in_proj_bias)
+        nn.init.zeros_(encoder_layer.self_attn.out_proj.bias)
     p = positive(model)
     x = torch.ones((1, 4, 8), dtype=torch.float64)
     for i in range(2):
@@ -63,6 +66,13 @@ def test_a_transformer_encoder(batch_first, norm_first, masked):
     x.sum().backward()
     expected = {name: (w.grad * w).detach() for name, w in expected.items()}
     assert_close(synflow(model, (torch.randn(3, 4, 8),)), expected)
+
+
+@pytest.mark.parametrize("norm_first", (False, True))
+def test_attention_in_a_module_of_its_own_with_biases_is_refused_by_name(norm_first):
+    layer = scramble(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first))
+    with pytest.raises(ValueError, match="operation multi_head_attention_forward of the model"):
+        synflow(nn.TransformerEncoder(layer, 2), (torch.randn(3, 4, 8),))
 
 
 class Crossed(nn.Module):
@@ -143,13 +153,19 @@ def attend_by_function(m, x):
     return torch.bmm(F.softmax(torch.bmm(x, x.mT).masked_fill(torch.ones(5, 5).triu(1) > 0, -9e9), dim=2), x)
 
 
+def write_to_zeros(m, x):
+    out = torch.zeros_like(x)
+    out[:, :2], out[:, 2:] = x[:, :2], x[:, 2:]
+    return out
+
+
 PLAIN = {  # what passes the signal on as it is, or for its gain
     "position": lambda m, x: x + m.position,
     "position first": lambda m, x: m.position + x,
     "minus a constant": lambda m, x: x - m.position,
     "in place": lambda m, x: x.add_(m.position).relu_(),
     "attention": attend,
-    "attention by bmm": attend_by_function,
+    "in parts": write_to_zeros,
     "an added bias": lambda m, x: x + m.gain,
 }
 GAIN = {
@@ -182,12 +198,6 @@ def test_a_norm_over_two_dimensions_is_its_gain():
     assert_close(synflow(model, (torch.randn(2, 5, 3),)), expected)
 
 
-def write_to_zeros(m, x):
-    out = torch.zeros_like(x)
-    out[:, :2] = x[:, :2]
-    return out
-
-
 def add_to_zeros(m, x):
     out = torch.zeros_like(x)
     out.index_add_(1, torch.arange(5), x)
@@ -203,7 +213,7 @@ REFUSED = {
     "instance_norm": lambda m, x: F.instance_norm(x),
     "clamp": lambda m, x: x.clamp(max=1e-4),
     "cat": lambda m, x: torch.cat((x, m.position.expand(len(x), -1, -1)), 1),
-    "setitem": write_to_zeros,
+    "masked_fill": attend_by_function,
     "index_add": add_to_zeros,
     "sin": lambda m, x: torch.sin(x),
 }

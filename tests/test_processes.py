@@ -78,7 +78,7 @@ def refusals():
 def test_a_process_without_batches_is_an_error_in_all_of_them(tmp_path):
     for messages in Together(2, tmp_path / "two", refusals).results():
         assert len(messages) == len(NEEDS_DATA) + 1
-        assert all("`batches` is empty, at least in one process" in message for message in messages)
+        assert all("`batches` holds no tensors, at least in one process" in message for message in messages)
 
 
 # --- train.py -------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_more_processes_than_batches_to_score_with_is_an_error(made, tmp_path):
     flags = argv(tiny, tmp_path / "out", "--data", pairs, "--score-examples", 2)
     two = train_together(2, tmp_path / "printed", *flags)
     assert two.exit_codes() == [1, 1]
-    assert "`batches` is empty, at least in one process" in two.printed(0, "err")
+    assert "`batches` holds no tensors, at least in one process" in two.printed(0, "err")
     assert os.listdir(tmp_path / "out") == []
 
 
