@@ -111,10 +111,11 @@ def metrics(axes):
     axes.legend()
 
 
-def long_runs(figure):
+def draw_long_runs():
     """Validation loss over steps at the paper's rates: a panel a rate."""
     rows = [row for row in Results("long").rows if "curve" in row]
     rates = sorted({row["lr"] for row in rows})
+    figure = plt.figure(figsize=(7.5 * len(rates) ** 0.7, 5), layout="constrained")
     panels = figure.subplots(1, len(rates), sharey=True, squeeze=False)[0]
     colors = dict(zip(map(name_of, LONG), ("C0", "C1", "C2", "C4")))
     for rate, axes in zip(rates, panels):
@@ -122,9 +123,10 @@ def long_runs(figure):
             if row["lr"] == rate:
                 label = name_of(row)
                 axes.plot(*zip(*row["curve"]), label=label, color=colors[label])
-        axes.set(title=f"learning rate {rate:g}", xlabel="step")
+        axes.set(title=f"prose, 1%, learning rate {rate:g}, first seed", xlabel="step")
     panels[0].set_ylabel("validation loss, nats a token")
     panels[0].legend()
+    figure.savefig(RESULTS / "long_runs.png", dpi=80)
 
 
 def gains_of_a_step(axes):
@@ -156,7 +158,7 @@ def price(axes):
         axes.errorbar(seconds, losses, errors, marker="o", label=label)
         for row, mean, _ in found:
             axes.annotate(f"{row['density']:g}", (row["seconds"], mean), textcoords="offset points", xytext=(4, 4))
-    axes.set(xlabel="seconds a step", ylabel="test loss after 60 steps, nats a token")
+    axes.set(xlabel="processor seconds a step", ylabel="test loss after 60 steps, nats a token")
     axes.set_title("prose on the base; beside the points: the share of the weights that is trained")
     axes.legend()
 
@@ -213,7 +215,5 @@ def draw():
         figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
         paint(axes, *study)
         figure.savefig(RESULTS / f"{name}.png", dpi=80)
-    figure = plt.figure(figsize=(12, 5), layout="constrained")
-    long_runs(figure)
-    figure.savefig(RESULTS / "long_runs.png", dpi=80)
+    draw_long_runs()
     draw_masks()
