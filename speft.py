@@ -75,7 +75,8 @@ def _left_as_found(model):
     model.requires_grad_(False)
     model.zero_grad()
     try:
-        with torch.enable_grad(), torch.random.fork_rng(), warnings.catch_warnings():
+        devices = {p.device for p in model.parameters() if p.is_cuda}
+        with torch.enable_grad(), torch.random.fork_rng(devices), warnings.catch_warnings():
             # What a reentrant checkpoint says whose layers get no gradient, and so would score zero.
             warnings.filterwarnings("error", "None of the inputs have requires_grad")
             yield

@@ -116,7 +116,7 @@ def read_field(path, fields, name, kind, *default, zero=False):
 def one_of(path, name, value, known):
     """`value`, if it is one of `known`; else an InputError that names it."""
     if not any(type(value) is type(one) and value == one for one in known):
-        known = ", ".join(map(str, dict.fromkeys(known)))
+        known = ", ".join(dict.fromkeys(map(str, known)))
         raise InputError(f"{path}: {name} = {value!r:.100} is not supported, only {known}")
     return value
 

@@ -1,4 +1,4 @@
-"""Other people's modules, batches, wrappers and loops: what `speft` does is right there, or refused by name."""
+"""Other people's modules, batches, wrappers and loops: what `speft` does is right, or refused by name."""
 
 import copy
 import io
@@ -166,6 +166,21 @@ def test_a_computed_weight_is_left_out_and_the_rest_is_right(kind, used):
     sparsify(model, {"1": torch.tensor([1, 5])})
     if used:
         assert same_bits(model(x).detach(), before)
+
+
+class Scaled(nn.Module):
+    def forward(self, trained):
+        return 3 * trained
+
+
+def test_a_sparse_layer_whose_delta_is_computed_is_in_the_adapter():
+    model, _ = trained_mlp(steps=0)
+    nn.utils.parametrize.register_parametrization(model[0], "delta", Scaled())
+    train_steps(model, [model[0].parametrizations.delta.original], 2, seed=0)
+    other = mlp()
+    load_adapter(other, adapter(model))
+    assert list(adapter(model)) == list(LAYERS) and adapter(model)["0"][1].any()
+    assert same_bits(outputs(other), outputs(model))
 
 
 def with_weight(weight):
@@ -383,8 +398,8 @@ def test_a_batch_without_tensors_is_named(batch, metric):
     fails("needs data, and `batches` holds no tensors", model, metric, [batch])
 
 
-SHAPES = {"(B, T)": lambda size: (size, 5), "(B, 1)": lambda size: (size, 1), "(1, B)": lambda size: (1, size),
-          "(B + 1,)": lambda size: (size + 1,)}  # fmt: skip
+SHAPES = {"(B, T)": lambda size: (size, 5), "(B, 1)": lambda size: (size, 1),
+          "(1, B)": lambda size: (1, size), "(B + 1,)": lambda size: (size + 1,)}  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -140,7 +140,7 @@ def test_batches_are_padded_on_the_right_without_counting_it():
 @pytest.mark.parametrize("broken", ("write", "flush", "fsync", "replace"))
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, broken):
     path = tmp_path / "result.json"
-    data.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     before = path.read_bytes()
 
     def full(*args):
@@ -155,7 +155,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
     else:
         monkeypatch.setattr(os, broken, full)
     with pytest.raises(OSError, match="No space left"):
-        data.write_json(path, {"a": 2})
+        files.write_json(path, {"a": 2})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["result.json"]
 
 
