@@ -11,8 +11,8 @@ import torch.nn as nn
 
 from helpers import (
     ALL, DETERMINISTIC, FIRST_ORDER, GPT_STYLES, NEEDS_DATA, Memory, assert_as_found, assert_same_tensors,
-    bits, gpt_losses, gpt_mean_loss, linears, mean_loss, random_gpt, random_mlp, sample_losses, snapshot, twin_of,
-    weights_of)  # fmt: skip
+    bits, gpt_losses, gpt_mean_loss, linears, mean_loss, random_gpt, random_mlp, sample_losses, snapshot,
+    twin_of, weights_of)  # fmt: skip
 from oracles import assert_close, func_oracle, gpt_flow, join, loop_oracle
 from speft import METRICS, salience, select, sparsify
 
