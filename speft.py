@@ -11,7 +11,6 @@ After Liu et al., "Refining Salience-Aware Sparse Fine-Tuning Strategies for Lan
 
 import collections
 import contextlib
-import dataclasses
 import math
 import warnings
 
@@ -97,7 +96,7 @@ def _left_as_found(model):
 def _plain(value):
     """A batch or an output with libraries' own mappings and dataclasses as dicts."""
     value = dict(value) if isinstance(value, collections.abc.Mapping) else value
-    return vars(value) if dataclasses.is_dataclass(value) else value
+    return vars(value) if hasattr(value, "__dataclass_fields__") else value
 
 def _tensors(value):
     return [leaf for leaf in pytree.tree_leaves(_plain(value)) if isinstance(leaf, torch.Tensor)]
@@ -113,6 +112,7 @@ def _count_samples(batches, weights):
     return count
 
 def sum_over_processes(tensor):
+    """The tensor, summed in place over all processes of a process group."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor

@@ -43,6 +43,7 @@ def learning_rate(step, args):
 
 
 def make_optimizer(params, args):
+    """AdamW, whose rate is set at every step."""
     return torch.optim.AdamW(params, weight_decay=args.weight_decay, fused=True)
 
 

@@ -17,14 +17,17 @@ RATES_SAID = ", ".join(f"{name} {rate:g}" for name, rate in RATES.items()) + f",
 
 
 def positive(x):
+    """Above zero, and not beyond what torch takes."""
     return 0 < x < 2**31
 
 
 def not_negative(x):
+    """Zero or positive."""
     return 0 <= x < 2**31
 
 
 def share(x):
+    """A part of a whole."""
     return 0 <= x <= 1
 
 

@@ -33,6 +33,7 @@ def flat_steps(step, inside):
 
 
 def nfc(text):
+    """The text with composed characters."""
     return unicodedata.normalize("NFC", text)
 
 
@@ -62,6 +63,7 @@ def normalizer(path, steps):
 
 
 def as_it_is(text, first):
+    """No step of preparation."""
     return text
 
 

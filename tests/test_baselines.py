@@ -106,7 +106,8 @@ def test_layers_rates_are_relative_to_their_weights(seed):
 
 @pytest.mark.parametrize("method", baselines.METHODS)
 def test_a_baseline_has_train_pys_flags_files_and_a_merged_model(tmp_path, method):
-    flags = "--device cpu --steps 2 --batch-size 2 --seq-len 32 --score-examples 2 --eval-examples 2 --lr 1e-2"
+    flags = "--device cpu --steps 2 --batch-size 2 --seq-len 32 --score-examples 2 --eval-examples 2"
+    flags += " --lr 1e-2"
     folders = f"--out {tmp_path / 'out'} --merge {tmp_path / 'merged'} --density 0.02"
     result = baselines.main([method, *flags.split(), *folders.split()])
     assert result["steps_done"] == 2 and 80_000 < result["trained"] < 110_000

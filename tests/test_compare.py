@@ -151,7 +151,8 @@ def test_a_cell_has_its_own_optimizer_and_measures_the_trained_model(monkeypatch
 
     adamw = torch.optim.AdamW
     flags = "--device cpu --steps 2 --batch-size 2 --seq-len 32 --eval-examples 2 --eval-every 1"
-    monkeypatch.setitem(studies.STUDIES, "tiny", studies.Study(flags, studies.setting("lora"), measure=measure))
+    study = studies.Study(flags, studies.setting("lora"), measure=measure)
+    monkeypatch.setitem(studies.STUDIES, "tiny", study)
     monkeypatch.setitem(studies.OPTIMIZERS, "lora", optimizer)
     row = compare.run_here("tiny", studies.setting("lora") | {"seed": 1, "lr": "1e0"})
     assert len(made) == 1 and torch.optim.AdamW is adamw

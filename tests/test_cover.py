@@ -128,7 +128,7 @@ def time_of_the_layer(layer, x, dy):
 
 
 def time_of_parts(index, limit, x, dy):
-    """What it takes to form all of the columns with `limit` kept entries or more, of the others a rectangle."""
+    """What it takes to form whole the columns with `limit` kept entries or more, else a rectangle."""
     row, column = index // x.size(1), index % x.size(1)
     crowded = column.bincount(minlength=x.size(1)) >= limit
     rows, others = row[~crowded[column]].unique(), column[~crowded[column]].unique()

@@ -85,7 +85,8 @@ class Crossed(nn.Module):
 
     def forward(self, x):
         query = self.latent(x[:, :5]).view(-1, 5, 2, 2).transpose(1, 2)
-        key, value = (layer(x).view(len(x), -1, self.heads, 2).transpose(1, 2) for layer in (self.key, self.value))
+        key, value = self.key(x), self.value(x)
+        key, value = (part.view(len(x), -1, self.heads, 2).transpose(1, 2) for part in (key, value))
         y = F.scaled_dot_product_attention(query, key, value, enable_gqa=self.heads == 1)
         return self.out(y.transpose(1, 2).reshape(-1, 5, 4))
 
@@ -107,7 +108,8 @@ class Residual(nn.Module):
 
     def __init__(self, norm):
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=1, padding=1, groups=2)
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, stride=1, padding=1, groups=2)
         self.norm, self.head = norm, nn.Linear(4, 5)
 
     def forward(self, x):
@@ -116,7 +118,10 @@ class Residual(nn.Module):
         return self.head(F.max_pool2d(x, 2).mean((2, 3)))
 
 
-@pytest.mark.parametrize("norm", (nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.BatchNorm2d(4, affine=False)), ids=repr)
+NORMS = (nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.BatchNorm2d(4, affine=False))
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=repr)
 def test_a_residual_convolutional_network(norm):
     torch.manual_seed(0)
     model = scramble(Residual(norm))
@@ -136,7 +141,8 @@ class ByHand(nn.Module):
 
     def __init__(self, between, size=4):
         super().__init__()
-        self.fc1, self.fc2, self.gain = nn.Linear(3, size), nn.Linear(size, 2), nn.Parameter(torch.randn(size))
+        self.fc1, self.fc2 = nn.Linear(3, size), nn.Linear(size, 2)
+        self.gain = nn.Parameter(torch.randn(size))
         self.between = between
         self.register_buffer("position", torch.randn(5, size))
 
@@ -159,6 +165,10 @@ def write_to_zeros(m, x):
     return out
 
 
+def by_root_mean_square(x):
+    return x * (x**2).mean(-1, True).rsqrt()
+
+
 PLAIN = {  # what passes the signal on as it is, or for its gain
     "position": lambda m, x: x + m.position,
     "position first": lambda m, x: m.position + x,
@@ -172,7 +182,7 @@ GAIN = {
     "rsqrt": lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * m.gain,
     "gain first": lambda m, x: m.gain * (x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()),
     "power": lambda m, x: x * (x**2).mean(-1, keepdim=True) ** -0.5 * m.gain,
-    "as float32": lambda m, x: m.gain.float() * (x.float() * (x.float() ** 2).mean(-1, True).rsqrt()).to(x.dtype),
+    "as float32": lambda m, x: m.gain.float() * by_root_mean_square(x.float()).to(x.dtype),
     "plain": lambda m, x: x * m.gain,
     "layer norm": lambda m, x: F.layer_norm(x, (4,), m.gain, torch.ones(4)),
 }

@@ -96,7 +96,8 @@ def test_entries_within_a_block_are_the_best_there(seed):
 def test_a_cap_holds_and_costs_no_more_than_it_must(seed):
     generator = torch.Generator().manual_seed(seed)
     n_rows, n_columns = torch.randint(3, 20, (2,), generator=generator).tolist()
-    score = torch.rand(n_rows, n_columns, generator=generator) * torch.rand(1, n_columns, generator=generator) ** 4
+    score = torch.rand(n_rows, n_columns, generator=generator)
+    score *= torch.rand(1, n_columns, generator=generator) ** 4
     count = max(1, score.numel() // 10)
     kept = recipes.capped(score, count, limit=2).tolist()
     assert len(kept) == len(set(kept)) and kept == sorted(kept)
@@ -222,7 +223,8 @@ def test_forced_choice_is_that_of_one_prompt_after_the_other(seed):
             return 0
 
         def encode_ordinary(self, text):
-            return [sentiment.ANSWERS.index(text) + 1] if text in sentiment.ANSWERS else [*map(int, text.split())]
+            answers = sentiment.ANSWERS
+            return [answers.index(text) + 1] if text in answers else [*map(int, text.split())]
 
     random.seed(seed)
     records = [

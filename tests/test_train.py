@@ -113,7 +113,8 @@ def test_an_evaluation_leaves_no_files(made, tmp_path, monkeypatch, capsys):
     before = contents(tmp_path / "out")
     train.main([*without_out, "--method", "none", "--adapter", "out/adapter.pt", "--merge", "merged"])
     assert contents(tmp_path / "out") == before  # though --out, by default, is that folder
-    assert sorted(os.listdir("merged")) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(os.listdir("merged")) == files
     capsys.readouterr()
     train.main([*without_out, "--method", "none", "--adapter", "out/adapter.pt", "--prompt", "the"])
     printed = capsys.readouterr().out

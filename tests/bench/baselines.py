@@ -171,7 +171,7 @@ class Scaled(nn.Module):
 
 
 def relative(model, batches, density, mask=gradient_mask):
-    """Train a mask, by default the global gradient's, at a rate relative to the size of each layer's weights: an ablation.
+    """Train a mask, by default the global gradient's, at rates relative to the sizes of layers' weights.
 
     A layer's rate is multiplied by the root mean square of its weights over the mean of that of all layers.
     Returns what stands in for the deltas.

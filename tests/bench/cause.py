@@ -1,4 +1,4 @@
-"""How steep and how curved is the loss along the entries of a mask? For the question why the gradient's loses.
+"""How steep and how curved is the loss along a mask's entries? For the question why the gradient's loses.
 
     python tests/bench/cause.py     # every mask with three seeds, about 15 minutes of one core
 
@@ -7,7 +7,7 @@ Hessian H (over 16 of them) on M's entries:
 
     steepness       the mean of abs(g): what a step that moves every entry by η gains at first, by entry and η
     power           gᵀg
-    diagonal        the mean of H's diagonal, by Hutchinson's estimate: the mean of zᵀHz / k for random signs z
+    diagonal        the mean of H's diagonal, by Hutchinson's estimate: the mean of zᵀHz / k, z random signs
     along_gradient  gᵀHg / gᵀg
     along_signs     sᵀHs / k with s = sign(g), the direction of Adam's first step
     directions      (tr H)² / tr H²: how many directions share the curvature, at most k

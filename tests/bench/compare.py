@@ -54,8 +54,8 @@ def command(study, cell, out):
 def run_here(study, cell):
     """Run a cell in this process; returns its line of the results file.
 
-    For the time of the run what train.py calls AdamW is the method's optimizer, and the model that it loads is
-    kept, so that more can be measured of it.
+    For the time of the run what train.py calls AdamW is the method's optimizer, and the model that it loads
+    is kept, so that more can be measured of it.
     """
     adapt = ADAPT.get(cell["method"])
     if adapt:

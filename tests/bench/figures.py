@@ -157,7 +157,8 @@ def price(axes):
         seconds, losses, errors = zip(*((row["seconds"], mean, error or 0) for row, mean, error in found))
         axes.errorbar(seconds, losses, errors, marker="o", label=label)
         for row, mean, _ in found:
-            axes.annotate(f"{row['density']:g}", (row["seconds"], mean), textcoords="offset points", xytext=(4, 4))
+            place = {"textcoords": "offset points", "xytext": (4, 4)}
+            axes.annotate(f"{row['density']:g}", (row["seconds"], mean), **place)
     axes.set(xlabel="processor seconds a step", ylabel="test loss after 60 steps, nats a token")
     axes.set_title("prose on the base; beside the points: the share of the weights that is trained")
     axes.legend()
@@ -181,7 +182,7 @@ def masks():
 
 
 def draw_masks():
-    """Where each metric puts its 1%: layers x kinds on one colour scale, and one layer's mask as a picture."""
+    """Where each metric puts its 1%: layers x kinds on one colour scale, and a layer's mask as a picture."""
     chosen, shown = masks(), "blocks.3.attn.v"
     figure, axes = plt.subplots(4, 4, figsize=(14, 15), layout="constrained")
     pairs = zip(axes[[0, 2]].flat, axes[[1, 3]].flat)

@@ -2,8 +2,8 @@
 
     python tests/bench/kills.py --kills 50
 
-A run is ended by SIGKILL, SIGTERM or SIGINT (Ctrl-C). Prints how often, and the steps redone; ends with an error
-if an adapter.pt differs by a byte, if more steps than lie between two checkpoints were lost, or if Ctrl-C is not
+A run is ended by SIGKILL, SIGTERM or SIGINT (Ctrl-C). Prints how often, and the steps redone; ends with an
+error if an adapter.pt differs by a byte, more steps than lie between two checkpoints were lost, or Ctrl-C is not
 answered by one line and exit code 130.
 """
 
@@ -40,7 +40,8 @@ def child(argv, log):
     """A run in a fresh process, which writes what it prints into the file `log`."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts beside it ignores Ctrl-C
-    with open(log, "w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+    redirects = contextlib.redirect_stdout, contextlib.redirect_stderr
+    with open(log, "w", buffering=1) as file, redirects[0](file), redirects[1](file):
         train.main(argv)
 
 
@@ -89,7 +90,7 @@ def end(process, log, number):
 
 
 def survive(kind, kills, folder, seed=0):
-    """End runs of this kind that many times in all; returns ({signal: how often}, runs finished, steps redone)."""
+    """End runs of this kind that many times in all: ({signal: how often}, runs finished, steps redone)."""
     chance = random.Random(f"{kind} {seed}")
     whole, _ = start(kind, Path(folder) / "whole")  # in peace, beside the others
     ended, finished, redone = collections.Counter(), 0, 0

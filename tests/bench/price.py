@@ -105,7 +105,8 @@ def main():
             "tokens": args.batch * args.tokens, "threads": torch.get_num_threads(),
             "versions": data.environment("cpu")["versions"],
         }  # fmt: skip
-        print(f"{priced}: {row['ratio']:.2f} of LoRA's step, {row['peak_memory_bytes'] / 1e6:,.0f} MB", flush=True)
+        peak = row["peak_memory_bytes"] / 1e6
+        print(f"{priced}: {row['ratio']:.2f} of LoRA's step, {peak:,.0f} MB", flush=True)
         with open(ROOT / "data" / "results" / "price.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -118,7 +118,7 @@ def agreed(model, batches, density):
 
 
 def capped(score, count, limit):
-    """Flat indices of the `count` highest scores such that no line holds over `limit` times its fair share."""
+    """Flat indices of the `count` highest scores, no line holding over `limit` times its fair share."""
     n_rows, n_columns = score.shape
     share = limit * count / score.numel()
     room_of_row = [max(1, round(share * n_columns))] * n_rows
