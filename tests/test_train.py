@@ -39,7 +39,8 @@ def made(tmp_path_factory):
 @pytest.mark.parametrize(("metric", "scope"), [(m, "global") for m in speft.METRICS] + [("grad", "local")])
 def test_every_metric_and_scope_trains_the_share_it_should(made, tmp_path, metric, scope):
     tiny, _ = made
-    flags = ["--metric", metric, "--scope", scope, "--density", 0.02, "--lr", 1e-2]
+    flags = ["--metric", metric, "--scope", scope, "--density", 0.02, "--lr", 1e-2, "--steps", 40]
+    flags += ["--batch-size", 8, "--eval-examples", 32]
     result = train.main(argv(tiny, tmp_path, *flags))
     linear, layers = 2 * 12 * 32**2, 12
     assert abs(result["trained"] - 0.02 * linear) < layers
