@@ -11,4 +11,4 @@ pytest.register_assert_rewrite("helpers", "oracles")  # their assertions show va
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", 'slow: takes more than a second; pytest -m "not slow" leaves it out')
+    config.addinivalue_line("markers", 'slow: takes long; pytest -m "not slow" leaves it out')

@@ -11,6 +11,8 @@ import speft
 from helpers import GPT_STYLES, random_index
 from model import GPT, GPTConfig
 
+pytestmark = pytest.mark.slow
+
 
 class Block(nn.Module):
     """A block of a GPT with a loss at its end."""

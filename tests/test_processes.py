@@ -20,6 +20,8 @@ import train
 from helpers import ALL, NEEDS_DATA, gpt_losses, mlp, random_gpt, random_mlp, sample_losses
 from runs import Together, argv, learned, read_log, train_together, write_pairs, write_tiny
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 KINDS = {
     "static": ["--metric", "snip"],

@@ -8,6 +8,8 @@ import torch
 import data
 from data.files import find
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers", reason="the package transformers is not installed")
 
 ROPE = {"rope_type": "default", "rope_theta": 300.0}
