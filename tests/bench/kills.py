@@ -3,8 +3,8 @@
     python tests/bench/kills.py --kills 50
 
 A run is ended by SIGKILL, SIGTERM or SIGINT (Ctrl-C). Prints how often, and the steps redone; ends with an
-error if an adapter.pt differs by a byte, more steps than lie between two checkpoints were lost, or Ctrl-C is not
-answered by one line and exit code 130.
+error if an adapter.pt differs by a byte, more steps than lie between two checkpoints were lost, or Ctrl-C is
+not answered by one line and exit code 130.
 """
 
 import argparse
