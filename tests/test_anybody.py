@@ -237,6 +237,7 @@ def test_layers_is_a_predicate_and_the_message_names_what_there_is():
 BACKENDS = ("eager", "aot_eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("part", ("whole", "first"))
 def test_a_compiled_models_names_are_the_plain_ones(part, backend):

@@ -104,6 +104,7 @@ def test_layers_rates_are_relative_to_their_weights(seed):
         torch.testing.assert_close(other - before, (once - before) * sizes[name] / mean, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", baselines.METHODS)
 def test_a_baseline_has_train_pys_flags_files_and_a_merged_model(tmp_path, method):
     flags = "--device cpu --steps 2 --batch-size 2 --seq-len 32 --score-examples 2 --eval-examples 2"

@@ -138,6 +138,7 @@ def test_every_cell_is_a_command_that_train_accepts(name):
         assert args.metric == (chosen["metric"] or "grad")
 
 
+@pytest.mark.slow
 def test_a_cell_has_its_own_optimizer_and_measures_the_trained_model(monkeypatch):
     def measure(model, tokenizer):
         examples = data.load_examples("prose", tokenizer, 32, only=["val"])["val"]

@@ -22,6 +22,7 @@ def write_run(folder, losses, every):
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", (1, 60, 199, 200, 1234))
 def test_every_run_is_drawn_with_its_own_numbers(tmp_path, steps):
     pytest.importorskip("matplotlib")

@@ -52,6 +52,7 @@ def test_the_corpora_are_of_a_useful_size_and_stable():
         assert min(sum(map(len, splits[split])) for split in ("val", "test")) > 30_000
 
 
+@pytest.mark.slow
 def test_stdlib_has_no_docstrings_and_prose_no_code():
     text = "".join(load_corpus("stdlib")["train"])
     assert (

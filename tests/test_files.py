@@ -31,12 +31,14 @@ def trained(made, tmp_path_factory):
     return out, train.main(argv("base", out, "--data", made[1]))
 
 
+@pytest.mark.slow
 def test_an_adapter_takes_eight_bytes_an_entry_and_a_kilobyte_a_layer(trained):
     out, result = trained
     layers = len(torch.load(out / "adapter.pt", weights_only=True)["adapter"])
     assert (out / "adapter.pt").stat().st_size <= 8 * result["trained"] + 1000 * layers + 3000
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_adapter(made, trained, tmp_path):
     out, result = trained
     adapter = ["--data", made[1], "--adapter", out / "adapter.pt"]
@@ -51,6 +53,7 @@ def test_a_run_starts_from_an_adapter(made, trained, tmp_path):
     assert sum(len(layer.known) for layer in layers) > result["trained"]
 
 
+@pytest.mark.slow
 def test_flipped_and_missing_bytes_are_always_noticed(trained, tmp_path):
     out, _ = trained
     model = data.load_model("base")
@@ -76,6 +79,7 @@ def sign(path, content):
     path.write_bytes(content + hashlib.sha256(content).digest())
 
 
+@pytest.mark.slow
 def test_signed_damage_ends_in_an_error_or_in_other_numbers_never_in_a_crash(trained, tmp_path):
     out, _ = trained
     model = data.load_model("base")
@@ -162,6 +166,7 @@ def test_an_adapter_that_does_not_fit_changes_nothing(tmp_path, kind):
     assert model.fingerprint() == base and [type(module) for module in model.modules()] == kinds
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_base_is_refused(made, trained, tmp_path, capsys):
     out, _ = trained
     with pytest.raises(SystemExit):
@@ -169,6 +174,7 @@ def test_an_adapter_of_another_base_is_refused(made, trained, tmp_path, capsys):
     assert "another base" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_type_is_refused_by_name(made, trained, tmp_path, capsys):
     out, _ = trained
     with pytest.raises(SystemExit):

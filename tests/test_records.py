@@ -211,6 +211,7 @@ def test_what_the_tokenizer_refuses_is_named_with_its_line(tmp_path, monkeypatch
         data.load_examples(str(path), tokenizer, 64, val=val)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_padding_changes_no_loss(tmp_path, seed):
     tokenizer, model = data.load_tokenizer("base"), data.load_model("base")

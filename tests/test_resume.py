@@ -16,6 +16,7 @@ import train
 from data import files
 from runs import Together, argv, contents, learned, read_log, write_pairs, write_tiny
 
+pytestmark = pytest.mark.slow
 KINDS = {
     "static": "",
     "dynamic": "--mask dynamic --refresh 3 --metric snip --density 0.05",
@@ -142,7 +143,6 @@ def test_ctrl_c_while_scoring_ends_at_once(made, tmp_path):
     assert one.printed(0, "err") == "" and os.listdir(tmp_path / "out") == []
 
 
-@pytest.mark.slow
 def test_killed_runs_lose_little_and_end_the_same(tmp_path):
     # The other kinds, and fifty kills: tests/bench/kills.py.
     ended, finished, redone = kills.survive("dynamic", 3, tmp_path)

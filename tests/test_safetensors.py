@@ -67,6 +67,7 @@ def test_damaged_safetensors(damage, tmp_path):
     assert len(str(error.value).encode()) < 1000  # it can be printed
 
 
+@pytest.mark.slow
 def test_fuzzed_safetensors(tmp_path):
     """Changed bytes are an InputError or a model; never another exception."""
     whole = safetensors(dict(list(weights_of("gpt2").items())[:3]))

@@ -171,6 +171,7 @@ def test_merges_are_placed_as_merging_alone_does():
     assert in_order > 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignore_merges", [False, True])
 def test_merges_in_any_order(ignore_merges, tmp_path):
     """The ids are those of a naive loop; with ignore_merges a whole piece that is a token is taken."""

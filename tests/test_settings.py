@@ -123,6 +123,7 @@ def test_the_default_rate_follows_method_and_metric(capsys):
     assert f"full {rate('--method', 'full'):g}, random 0.03" in printed and "others 0.01)" in printed
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_at_its_default_rate_learns(tmp_path):
     flags = "--device cpu --method full --steps 12 --batch-size 4 --seq-len 64 --eval-examples 8".split()
     result = train.main([*flags, "--out", str(tmp_path)])

@@ -228,6 +228,7 @@ def test_the_readings_of_worked_solutions_are_shares_of_these():
     assert data.in_words(data.accuracy(marks[3:4])) == "exact 100.0% ± 0.0% of 1 answers"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("gsm", "gym:coin_flip", "gym:bf"))
 def test_the_splits_of_a_task_share_no_question(name):
     pytest.importorskip("reasoning_gym")
@@ -262,6 +263,7 @@ def test_gsm_is_short_for_a_task_and_a_task_may_be_validated_on(tmp_path, monkey
     assert len(data.load_examples(path, tokenizer, 64, val="gym:chain_sum")["val"]) == 30
 
 
+@pytest.mark.slow
 def test_a_task_has_the_same_questions_whatever_the_hash_seed(monkeypatch):
     pytest.importorskip("reasoning_gym")
     made = []
@@ -271,6 +273,7 @@ def test_a_task_has_the_same_questions_whatever_the_hash_seed(monkeypatch):
     assert made[0] == made[1] and len(made[0]) > 3900
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "said"), (
     ("gym:chain_sums", "no task 'chain_sums'; is it .*chain_sum"), ("gym:", "no task ''"),
     ("gym:composite", "composite cannot be made: .*dataset"), ("gym:graph_color", "no answers to learn"),

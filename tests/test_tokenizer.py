@@ -113,6 +113,7 @@ def test_missing_bytes_are_left_out(tmp_path):
         assert tokenizer.encode(text) == library.encode(text).ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIXTURE["variants"])
 def test_long_texts_are_split_alike(name, tmp_path, monkeypatch):
     """tiktoken's own matcher gives up in a long run, of white space for one, with a panic."""

@@ -13,6 +13,7 @@ import train
 from helpers import run
 from runs import argv, contents, learned, read_log, write_pairs, write_tiny
 
+pytestmark = pytest.mark.slow
 WEIGHTS = sum(parameter.numel() for parameter in data.load_model("base").parameters())
 FILES = ["adapter.pt", "checkpoint-4.pt", "log.jsonl", "result.json"]
 

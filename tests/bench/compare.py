@@ -152,7 +152,8 @@ def tune(results, chosen):
             losses[rate] = row.get("val_after", float("inf"))
         return losses[rate]
 
-    known = (chosen["metric"], chosen["method"], results.study)
+    names = chosen["metric"], chosen["method"]
+    known = (*((results.study, name) for name in names), *names, results.study)
     best = RATES.index(next(START[name] for name in known if name in START))
     while True:
         around = [best, *(rate for rate in (best - 1, best + 1) if 0 <= rate < len(RATES))]

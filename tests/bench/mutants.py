@@ -33,8 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[2]
 TESTS = {  # the files of tests that are run on each
-    "speft.py": "toy select metrics synflow scoring layer cover weight remask adapter method".split(),
-    "train.py": "train resume".split(),
+    "speft.py": "toy select metrics synflow linearised scoring layer cover weight remask adapter method "
+    "anybody processes".split(),
+    "train.py": "train resume settings processes progress".split(),
 }
 
 # ----------------------------------------------------------------------------------------------------------

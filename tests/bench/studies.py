@@ -32,7 +32,7 @@ OPTIMIZERS = {  # method: what takes AdamW's place
 }
 
 RATES = [f"{digit}e{power}" for power in range(-6, 3) for digit in (1, 3)]
-# The rate to try first, by method or metric, and of all others by study.
+# The rate to try first: of a method or metric in this study, in any study, and of all others by study.
 START = {"lora": "1e-2", "pissa": "3e-3", "full": "3e-4", "random": "3e-2", "magnitude": "3e-2"}
 START |= {"random block": "3e-2", "grad moved lines": "1e-2", "grad moved entries": "1e-2"}
 START |= dict.fromkeys(recipes.RECIPES, "3e-2") | {"grad capped": "1e-2"}
@@ -40,6 +40,8 @@ START |= {"grad by momentum": "3e-1", "random by momentum": "3e0", "magnitude by
 START |= {"grad moved entries by momentum": "1e0"}
 START |= {"grad, a moment a layer": "1e-2", "random, a moment a layer": "3e-2"}
 START |= {"prose": "1e-2", "smollm2": "3e-3", "sentiment": "3e-3"}
+START |= {("sentiment", name): "1e-2" for name in ("random", "magnitude", "random block")}
+START |= {("sentiment", "lora"): "3e-3", ("sentiment", "full"): "1e-4", ("sentiment", "grad"): "1e-3"}
 
 
 def setting(method, density=0.01, metric=None, scope=None, mask=None, flags=""):
