@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = {  # the files of tests that are run on each
     "speft.py": "toy select metrics synflow linearised scoring layer cover weight remask adapter method "
     "anybody processes".split(),
-    "train.py": "train resume settings processes progress".split(),
+    "train.py": "fit train resume settings processes progress".split(),
 }
 
 # ----------------------------------------------------------------------------------------------------------
