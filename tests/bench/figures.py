@@ -111,6 +111,16 @@ def metrics(axes):
     axes.legend()
 
 
+def accuracy(axes):
+    """What each method gets right on `sentiment`, over what it forgets."""
+    for row in summary_of("sentiment"):
+        (right, error), (forgotten, spread) = row["accuracy"], row["forgetting"]
+        axes.errorbar(forgotten, 100 * right, 100 * (error or 0), spread or 0, marker="o", label=name_of(row))
+    axes.set(xlabel="forgetting, nats a token", ylabel="accuracy on 2,000 test examples, %")
+    axes.set_title("SmolLM2 on sentiment, 0.5% trained, each at its best rate")
+    axes.legend()
+
+
 def draw_long_runs():
     """Validation loss over steps at the paper's rates: a panel a rate."""
     rows = [row for row in Results("long").rows if "curve" in row]
@@ -212,6 +222,7 @@ def draw():
         ("metrics", metrics),
         ("gains_of_a_step", gains_of_a_step),
         ("price", price),
+        ("accuracy", accuracy),
     ):
         figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
         paint(axes, *study)

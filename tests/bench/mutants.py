@@ -2,7 +2,8 @@
 
     python tests/bench/mutants.py                      # all functions; goes on where it was stopped
     python tests/bench/mutants.py select SparseLinear  # these functions, and these classes' methods
-    python tests/bench/mutants.py --file train.py --slow   # with the tests that are marked slow
+    python tests/bench/mutants.py --sample 12          # at most a dozen of each function
+    python tests/bench/mutants.py --slow --again       # with slow tests, too, on those that lived
     python tests/bench/mutants.py --report             # only print what is known
 
 Writes a row a mutant to --out and prints, a line a function, how many were killed, and every one that lived.
@@ -15,6 +16,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -208,17 +210,27 @@ def time_limits(copy, names, marked):
     return limits
 
 
-def try_all(files, chosen, out, marked):
-    """Run the tests on each mutant that has no row in `out` yet, and write its row."""
+def a_sample(waiting, size):
+    """Of the (row, source) pairs at most `size` of every function, spread over its text."""
+    by_function = {}
+    for pair in waiting:
+        by_function.setdefault(pair[0]["function"], []).append(pair)
+    return [pair for pairs in by_function.values() for pair in pairs[:: math.ceil(len(pairs) / size)]]
+
+
+def try_all(files, chosen, out, marked, again, size):
+    """Run the tests on each mutant that has no row in `out` yet (or `again`: that lived), and write its row."""
     preload()
-    known = {key(row) for row in read(out)}
+    found = {key(row): row["by"] for row in read(out)}
+    known = {mutant for mutant, by in found.items() if by or not again}
     with tempfile.TemporaryDirectory() as folder, open(out, "a") as rows:
-        rows.write("\n" * bool(known))  # the last line may have been cut off
+        rows.write("\n" * bool(found))  # the last line may have been cut off
         copy = Path(folder) / "copy"
         ignored = shutil.ignore_patterns(".git", "out", "__pycache__", ".*")
         shutil.copytree(ROOT, copy, ignore=ignored, symlinks=True)
         for file in files:
-            waiting = [(row, source) for row, source in mutants(file, chosen) if key(row) not in known]
+            waiting = a_sample(list(mutants(file, chosen)), size)
+            waiting = [(row, source) for row, source in waiting if key(row) not in known]
             limits = time_limits(copy, TESTS[file], marked) if waiting else {}
             killers = {row["function"]: Counter() for row, _ in waiting}
             for row, source in waiting:
@@ -288,12 +300,15 @@ def main():
     parser.add_argument("--file", choices=TESTS, action="append", help="only of this file")
     parser.add_argument("--out", type=Path, default=ROOT / "out/mutants.jsonl", help="where the rows are")
     parser.add_argument("--slow", action="store_true", help="run also the tests that are marked slow")
+    parser.add_argument("--sample", type=int, default=1000, help="at most so many of each function")
+    parser.add_argument("--again", action="store_true", help="try those that lived once more")
     parser.add_argument("--report", action="store_true", help="run nothing, print what is known")
     args = parser.parse_args()
     args.out.parent.mkdir(exist_ok=True)
     files = args.file or list(TESTS)
     if not args.report:
-        try_all(files, args.functions, args.out, "slow or not slow" if args.slow else "not slow")
+        marked = "slow or not slow" if args.slow else "not slow"
+        try_all(files, args.functions, args.out, marked, args.again, args.sample)
     report(files, args.functions, read(args.out))
 
 
