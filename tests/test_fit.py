@@ -165,6 +165,18 @@ def test_dynamic_masks_start_a_new_optimizer_and_read_new_examples():
     assert steps == [(n * size, size, args.seed, args.batch_size) for n in range(7)]
 
 
+def test_the_share_of_every_kind_of_layer_is_printed(capsys):
+    model, examples, args = random_run(2)
+    args.density, args.scope = 0.25, "local"
+    train.fit(model, None, examples, None, args, [])
+    printed = capsys.readouterr().out.splitlines()
+    (told,) = [line for line in printed if line.startswith("training")]
+    total = sum(layer.weight.numel() for layer in speft.linear_layers(model).values())
+    assert told.startswith(f"training {total // 4} weights: attn.q 25.00%, ")
+    kinds = {name.split(".", 2)[2] for name in speft.adapter(model)}
+    assert told.count("25.00%") == told.count("%") == len(kinds)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_rate_rises_to_its_top_and_falls(seed):
     chance = random.Random(seed)

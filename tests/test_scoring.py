@@ -228,6 +228,18 @@ def test_the_model_is_left_as_found(metric, grad_mode):
             assert_as_found(model, before, draws=1)
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32, torch.float64))
+def test_gradients_of_any_type_that_a_model_already_holds_stay(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(dtype)
+    batches = [(torch.randn(n, 3, dtype=dtype), torch.randn(n, 2, dtype=dtype)) for n in (3, 2)]
+    sample_losses(model, batches[0]).sum().backward()
+    before = snapshot(model)
+    for draws, metric in enumerate(FIRST_ORDER, 1):
+        salience(model, metric, batches, sample_losses)
+        assert_as_found(model, before, draws=draws)
+
+
 @pytest.mark.parametrize("metric", FIRST_ORDER)
 def test_first_order_scores_take_no_memory_beside_the_gradients_that_they_are_made_of(metric):
     """Gradients add up in place, over any number of batches, and become the scores."""
