@@ -240,6 +240,14 @@ def test_gradients_of_any_type_that_a_model_already_holds_stay(dtype):
         assert_as_found(model, before, draws=draws)
 
 
+@pytest.mark.parametrize("metric", [*FIRST_ORDER, "grasp"])
+def test_a_model_whose_loss_is_zero_has_no_salient_weight(metric):
+    model, batches = random_mlp(0)
+    fitted = [(x, model(x).detach()) for x, _ in batches]
+    for score in salience(model, metric, fitted, sample_losses).values():
+        assert not score.any()
+
+
 @pytest.mark.parametrize("metric", FIRST_ORDER)
 def test_first_order_scores_take_no_memory_beside_the_gradients_that_they_are_made_of(metric):
     """Gradients add up in place, over any number of batches, and become the scores."""

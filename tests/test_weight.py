@@ -206,7 +206,7 @@ def test_a_cast_keeps_delta_and_its_gradient_in_float32(start, cast):
     grads = [delta.grad.clone() for delta in deltas]
     carried = adapter(model)
     convert, dtype = CASTS[cast]
-    assert convert(model) is model
+    assert convert(model) is model and all(convert(layer) is layer for layer in linears(model).values())
     kept = [model.get_submodule(name).delta for name in LAYERS]
     assert [id(delta) for delta in kept] == [id(delta) for delta in deltas], "an optimizer holds others"
     for delta, value, grad in zip(deltas, before, grads, strict=True):
