@@ -66,6 +66,9 @@ def test_a_loaded_adapter_gives_equal_outputs_and_trains_on_alike(dtype, start):
     if start == "trained":
         train_steps(other, others, 2, seed=8)
     loaded = load_adapter(other, adapter(model))
+    trained, stored = merge(copy.deepcopy(model)), dict(other.named_parameters())
+    for name, module in linears(trained).items():  # also for who takes the parameter, not the layer's weight
+        assert same_bits(stored[f"{name}.weight"].detach(), module.weight.detach())
     assert same_bits(outputs(other), outputs(model))
     assert_same_adapters(adapter(other), adapter(model))
     assert {id(p) for p in other.parameters() if p.requires_grad and p.numel()} == {id(d) for d in loaded}
