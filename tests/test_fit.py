@@ -165,6 +165,21 @@ def test_dynamic_masks_start_a_new_optimizer_and_read_new_examples():
     assert steps == [(n * size, size, args.seed, args.batch_size) for n in range(7)]
 
 
+def random_masks_of(seed, drawn_before):
+    """The entries that a run with a new random mask at every other step trains, when this was drawn before it."""
+    model, examples, args = random_run(3)
+    args.steps, args.mask, args.refresh, args.metric, args.seed = 4, "dynamic", 2, "random", seed
+    torch.rand(drawn_before)
+    train.fit(model, None, examples, None, args, [])
+    return {name: index.tolist() for name, (index, _, _) in speft.adapter(model).items()}
+
+
+def test_random_masks_depend_on_the_seed_alone():
+    masks = random_masks_of(seed=5, drawn_before=0)
+    assert random_masks_of(seed=5, drawn_before=17) == masks
+    assert random_masks_of(seed=6, drawn_before=0) != masks
+
+
 def test_the_share_of_every_kind_of_layer_is_printed(capsys):
     model, examples, args = random_run(2)
     args.density, args.scope = 0.25, "local"
