@@ -228,6 +228,18 @@ def test_the_model_is_left_as_found(metric, grad_mode):
             assert_as_found(model, before, draws=1)
 
 
+def test_scores_hold_no_graph_and_are_laid_out_plainly(monkeypatch):
+    """Whatever a metric of one's own returns, so that it can be sent to other processes."""
+    own = {
+        "from the weights": lambda model, weights, *_: {name: w * w for name, w in weights.items()},
+        "by columns": lambda model, weights, *_: {n: w[:1].detach().expand_as(w) for n, w in weights.items()},
+    }
+    for metric, function in own.items():
+        monkeypatch.setitem(METRICS, metric, function)
+        for score in salience(random_mlp(0)[0], metric, None, None).values():
+            assert not score.requires_grad and score.is_contiguous()
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32, torch.float64))
 def test_gradients_of_any_type_that_a_model_already_holds_stay(dtype):
     torch.manual_seed(0)
