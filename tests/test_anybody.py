@@ -20,7 +20,7 @@ import baselines
 from helpers import (
     ALL, DETERMINISTIC, LAYERS, NEEDS_DATA, assert_near, assert_same_adapters,
     assert_same_tensors, corrected, mlp, outputs, perturb, probe, random_index, random_masks, random_mlp,
-    sample_losses, same_bits, scramble, train_steps, trained_mlp, weights_of)  # fmt: skip
+    sample_losses, same_bits, scramble, train_steps, trained_mlp)  # fmt: skip
 from oracles import assert_close
 from speft import adapter, linear_layers, load_adapter, merge, remask, salience, select, sparsify
 

@@ -166,7 +166,7 @@ def test_dynamic_masks_start_a_new_optimizer_and_read_new_examples():
 
 
 def random_masks_of(seed, drawn_before):
-    """The entries that a run with a new random mask at every other step trains, when this was drawn before it."""
+    """The entries that a run with a new random mask at every other step trains; so much was drawn before."""
     model, examples, args = random_run(3)
     args.steps, args.mask, args.refresh, args.metric, args.seed = 4, "dynamic", 2, "random", seed
     torch.rand(drawn_before)
@@ -195,7 +195,8 @@ def test_the_share_of_every_kind_of_layer_is_printed(capsys):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_rate_rises_to_its_top_and_falls(seed):
     chance = random.Random(seed)
-    args = SimpleNamespace(steps=chance.randint(1, 200), lr=chance.random(), warmup=chance.choice((0, 0.03, 1.0)))
+    steps, warmup = chance.randint(1, 200), chance.choice((0, 0.03, 1.0))
+    args = SimpleNamespace(steps=steps, lr=chance.random(), warmup=warmup)
     rates = [train.learning_rate(step, args) for step in range(args.steps)]
     assert rates == pytest.approx([rate_by_hand(step, args) for step in range(args.steps)], abs=1e-12)
     top = rates.index(max(rates))

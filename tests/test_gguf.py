@@ -28,7 +28,7 @@ def gguf_file(pairs, tensors):
     content = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(pairs))
     for key, (kind, raw) in pairs.items():
         content += gguf_string(key) + struct.pack("<I", kind) + raw
-    offset, data = 0, b""
+    data = b""
     for name, tensor in tensors.items():
         content += gguf_string(name) + struct.pack("<I", tensor.dim())
         content += b"".join(struct.pack("<Q", n) for n in reversed(tensor.shape)) + struct.pack(

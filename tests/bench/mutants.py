@@ -219,7 +219,7 @@ def a_sample(waiting, size):
 
 
 def try_all(files, chosen, out, marked, again, size):
-    """Run the tests on each mutant that has no row in `out` yet (or `again`: that lived), and write its row."""
+    """Run the tests on each mutant that has no row in `out` yet (`again`: or that lived); write its row."""
     preload()
     found = {key(row): row["by"] for row in read(out)}
     known = {mutant for mutant, by in found.items() if by or not again}
