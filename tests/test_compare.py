@@ -1,6 +1,7 @@
 """tests/bench/compare.py: which cells a study runs, and what it makes of them."""
 
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -21,13 +22,14 @@ class Study:
     """Cells whose validation loss is `loss(rate, seed)`, or that of their method; and those that were run."""
 
     def __init__(self, monkeypatch, folder, loss):
-        self.ran, self.loss = [], loss
+        self.ran, self.best, self.loss = [], [], loss
         (folder / "data" / "results").mkdir(parents=True, exist_ok=True)
         monkeypatch.setattr(compare, "ROOT", folder)
         monkeypatch.setattr(compare, "run_cell", self.run)
 
-    def run(self, study, cell):
+    def run(self, study, cell, best):
         self.ran.append(cell)
+        self.best.append(best)
         rate = float(cell["lr"])
         of_method = self.loss[cell["method"]] if isinstance(self.loss, dict) else self.loss
         loss = of_method(rate, cell["seed"])
@@ -65,6 +67,7 @@ def test_an_interrupted_study_goes_on_and_its_table_counts_seeds(tmp_path, monke
     assert [(cell["lr"], cell["seed"]) for cell in study.ran] == [
         ("1e-2", 0), ("3e-2", 0), ("3e-3", 0), ("1e-2", 1), ("1e-2", 2)
     ]  # fmt: skip
+    assert study.best == [math.inf, 0.0, 0.0, math.inf, math.inf]  # of the setting and the seed, until then
     (summary,) = summaries.summaries(compare.Results("prose"))
     error = statistics.stdev((1.0, 1.1, 1.2)) / 3**0.5
     assert summary["seeds"] == 3 and summary["lr"] == 0.01
@@ -120,7 +123,7 @@ def test_a_single_seed_has_no_error_and_a_task_has_its_exact_match(tmp_path, mon
     study = Study(monkeypatch, tmp_path, lambda rate, seed: abs(rate - 3e-3))
     run = study.run
     strict = {"exact_match_after": {"strict": 0.125}}
-    monkeypatch.setattr(compare, "run_cell", lambda name, cell: run(name, cell) | strict)
+    monkeypatch.setattr(compare, "run_cell", lambda *cell: run(*cell) | strict)
     results = compare.Results("smollm2")
     compare.complete(results, *studies.STUDIES["smollm2"].runs()[-1])
     header, _, line = summaries.table_lines(summaries.summaries(results))
@@ -156,6 +159,9 @@ def test_a_cell_has_its_own_optimizer_and_measures_the_trained_model(monkeypatch
     monkeypatch.setitem(studies.STUDIES, "tiny", study)
     monkeypatch.setitem(studies.OPTIMIZERS, "lora", optimizer)
     row = compare.run_here("tiny", studies.setting("lora") | {"seed": 1, "lr": "1e0"})
+    behind = compare.run_here("tiny", studies.setting("lora") | {"seed": 1, "lr": "1e0"}, best=0.1)
+    assert "answers" not in behind and behind["val_after"] == row["val_after"]
+    del made[1]
     assert len(made) == 1 and torch.optim.AdamW is adamw
     assert row["answers"]["loss"] == row["val_after"] != row["val_before"]
     assert [step for step, _ in row["curve"]] == [1, 2] and row["curve"][-1][1] == row["val_after"]

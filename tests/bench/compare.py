@@ -17,6 +17,7 @@ import concurrent.futures
 import contextlib
 import functools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -51,11 +52,12 @@ def command(study, cell, out):
     return flags.split()
 
 
-def run_here(study, cell):
+def run_here(study, cell, best=math.inf):
     """Run a cell in this process; returns its line of the results file.
 
-    For the time of the run what train.py calls AdamW is the method's optimizer, and the model that it loads
-    is kept, so that more can be measured of it.
+    best: the lowest validation loss of its setting and seed so far. The study's own measure, which takes as
+    long as the training, is only taken of a model as good as that. For the time of the run what train.py
+    calls AdamW is the method's optimizer, and the model that it loads is kept, so that it can be measured.
     """
     adapt = ADAPT.get(cell["method"])
     if adapt:
@@ -79,27 +81,27 @@ def run_here(study, cell):
     result["study"] = study
     curve = [(row["step"], row["val"]) for row in log if "val" in row]
     result |= {"curve": curve} if curve else {}
-    if STUDIES[study].measure:
+    if STUDIES[study].measure and result["val_after"] <= best:
         result["answers"] = STUDIES[study].measure(loaded[-1], data.load_tokenizer(result["model"]))
     del result["out"]
     return result
 
 
-def child(study, cell, out):
+def child(study, cell, best, out):
     """A process of its own: leaves the line in the folder `out`, and there all that it prints."""
     with open(Path(out) / "printed", "w", buffering=1) as printed:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            row = run_here(study, cell)
+            row = run_here(study, cell, best)
     (Path(out) / "row.json").write_text(json.dumps(row))
 
 
-def run_cell(study, cell):
+def run_cell(study, cell, best=math.inf):
     """Run a cell in a fresh process of one thread; a run whose loss diverges has no losses but a reason."""
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["preload"])  # forked cells read the corpora only once
     with tempfile.TemporaryDirectory() as out:
-        process = processes.Process(target=child, args=(study, cell, out))
+        process = processes.Process(target=child, args=(study, cell, best, out))
         process.start()
         process.join()
         if process.exitcode == 0:
@@ -132,7 +134,9 @@ class Results:
         found = self.find(cell | {"lr": float(cell["lr"])})
         if found:
             return found[0]
-        row = run_cell(self.study, cell)
+        rivals = self.find({name: value for name, value in cell.items() if name != "lr"})
+        best = min((rival["val_after"] for rival in rivals if "val_after" in rival), default=math.inf)
+        row = run_cell(self.study, cell, best)
         with self.lock:
             self.rows.append(row)
             with open(self.path, "a") as file:
