@@ -1,5 +1,6 @@
-"""Paths, so that `pytest` finds everything from a clean checkout, and the marker of slow tests."""
+"""Paths, so that `pytest` finds everything from a clean checkout, one thread, and the marker of slow tests."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = map(str, (TESTS.parent, TESTS, TESTS / "bench"))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on small tensors threads mostly wait for each other
 pytest.register_assert_rewrite("helpers", "oracles")  # their assertions show values, too
 
 
