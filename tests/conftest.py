@@ -1,4 +1,4 @@
-"""Paths, so that `pytest` finds everything from a clean checkout, one thread, and the marker of slow tests."""
+"""Paths, so that `pytest` finds everything from a clean checkout; one thread; the marker of slow tests."""
 
 import os
 import sys

@@ -85,6 +85,7 @@ def test_elsewhere_passing_lines_come_at_most_every_ten_seconds(monkeypatch, cap
     assert capsys.readouterr().out == "second 0\nsecond 10\nsecond 20\nsecond 30\nthis one stays\n"
 
 
+@pytest.mark.slow
 def test_a_run_says_from_the_start_what_it_does(tmp_path, monkeypatch):
     tiny, pairs = write_tiny(tmp_path / "tiny"), write_pairs(tmp_path / "pairs.jsonl")
     shown = []
