@@ -134,8 +134,8 @@ def draw_long_runs():
                 label = name_of(row)
                 axes.plot(*zip(*row["curve"]), label=label, color=colors[label])
         axes.set(title=f"prose, 1%, learning rate {rate:g}, first seed", xlabel="step")
+        axes.legend()
     panels[0].set_ylabel("validation loss, nats a token")
-    panels[0].legend()
     figure.savefig(RESULTS / "long_runs.png", dpi=80)
 
 
