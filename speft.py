@@ -374,6 +374,7 @@ class SparseLinear(nn.Linear):
         exact = (self.delta, self.delta.grad, self.carried)  # .to(torch.bfloat16) means the weights alone
         super()._apply(lambda t: t.to(fn(t).device) if any(t is e for e in exact) else fn(t), recurse)
         self.planned = cover(self.index, *self._parameters["weight"].shape)
+        self.sync()  # round the sum, not the rounded sum
         return self
 
 

@@ -244,6 +244,9 @@ def test_a_cast_model_is_the_cast_base_with_the_same_correction(cast, state):
     other = copy.deepcopy(base)
     load_adapter(other, adapter(model))
     convert(model)
+    stored, expected = dict(model.named_parameters()), dict(other.named_parameters())
+    for name in LAYERS:  # also for who takes the parameter, not the layer's weight
+        assert same_bits(stored[f"{name}.weight"].detach(), expected[f"{name}.weight"].detach())
     assert_same_tensors(weights_of(model), weights_of(other))
     assert same_bits(outputs(model), outputs(other))
     remask(model, random_masks(model))
