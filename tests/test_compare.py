@@ -107,6 +107,22 @@ def test_differences_from_lora_are_taken_seed_by_seed(tmp_path, monkeypatch, cap
     assert "+0.100 ± 0.029" in summaries.table_lines([table["sparse", 0.01]])[-1]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_error_by_examples_is_that_of_their_mean_differences(seed):
+    torch.manual_seed(seed)
+    bits = torch.randint(0, 2, (2, 3, 50))  # method, seed, example
+    runs, others = (
+        {n: {"answers": {"right": "".join(map(str, row.tolist()))}} for n, row in enumerate(rows)} for rows in bits
+    )
+    differences = (bits[0] - bits[1]).double().mean(0)
+    assert summaries.error_by_examples(runs, others) == pytest.approx((differences.std() / 50**0.5).item())
+    first = (bits[0, 0] - bits[1, 0]).double()
+    runs[1] = {"answers": {"accuracy": 1.0}}  # not taken example by example
+    del others[2]
+    assert summaries.error_by_examples(runs, others) == pytest.approx((first.std() / 50**0.5).item())
+    assert summaries.error_by_examples(runs, {3: others[0]}) is None
+
+
 def test_a_seed_that_diverges_is_counted_and_named(tmp_path, monkeypatch, capsys):
     def loss(rate, seed):
         return None if seed == 2 else abs(rate - 0.01) + seed / 10

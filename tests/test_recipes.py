@@ -241,6 +241,7 @@ def test_forced_choice_is_that_of_one_prompt_after_the_other(seed):
         losses.append(-logits.log_softmax(0)[wanted + 1].item())
     found = sentiment.measure(model, Tokenizer(), records, batch_size=4)
     assert found["accuracy"] == sum(right) / 23
+    assert found["right"] == "".join("1" if is_right else "0" for is_right in right)
     assert found["loss"] == pytest.approx(sum(losses) / 23, abs=1e-5)
     assert found["standard_error"] == pytest.approx((found["accuracy"] * (1 - found["accuracy"]) / 23) ** 0.5)
 

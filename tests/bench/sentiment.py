@@ -55,16 +55,17 @@ def write_records(path, records):
 
 @torch.no_grad()
 def measure(model, tokenizer, records, batch_size=16):
-    """Which of the two answers is likelier? {accuracy, standard_error, loss of the right answer in nats}.
+    """Which of the two answers is likelier? {accuracy, standard_error, loss of the right answer in nats, right}.
 
-    The answers are a token each. Prompts of alike lengths share a batch.
+    "right" has a 1 or a 0 for each record, so that two runs compare example by example. The answers are a
+    token each. Prompts of alike lengths share a batch.
     """
     answers = [tokenizer.encode_ordinary(answer) for answer in ANSWERS]
     assert max(map(len, answers)) == 1, "an answer has to be one token"
     end = data.end_token(tokenizer)
     prompts = [[end, *tokenizer.encode_ordinary(record["prompt"])] for record in records]
     order = sorted(range(len(records)), key=lambda n: len(prompts[n]))
-    right, losses = 0, 0.0
+    right, losses = [0] * len(records), 0.0
     for start in range(0, len(order), batch_size):
         which = order[start : start + batch_size]
         rows = [torch.tensor(prompts[n]) for n in which]
@@ -74,11 +75,13 @@ def measure(model, tokenizer, records, batch_size=16):
         logits = model.logits(features).float()
         wanted = torch.tensor([ANSWERS.index(records[n]["completion"]) for n in which])
         tokens = torch.tensor(answers).squeeze(1)
-        right += (logits[:, tokens].argmax(1) == wanted).sum().item()
+        for n, is_right in zip(which, (logits[:, tokens].argmax(1) == wanted).tolist()):
+            right[n] = int(is_right)
         losses += torch.nn.functional.cross_entropy(logits, tokens[wanted], reduction="sum").item()
-    share = right / len(records)
+    share = sum(right) / len(records)
     error = (share * (1 - share) / len(records)) ** 0.5
-    return {"accuracy": share, "standard_error": error, "loss": losses / len(records)}
+    right = "".join(map(str, right))
+    return {"accuracy": share, "standard_error": error, "loss": losses / len(records), "right": right}
 
 
 def measure_test(model, tokenizer):

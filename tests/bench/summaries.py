@@ -46,6 +46,24 @@ def differences(runs, others):
     return {name: mean_and_error([one[name] - other[name] for one, other in pairs]) for name in shared}
 
 
+def right_answers(row):
+    """1 or 0 for each test example, an empty list where that was not kept."""
+    return [int(bit) for bit in row.get("answers", {}).get("right", "")]
+
+
+def error_by_examples(runs, others):
+    """The standard error of run − other in accuracy that comes of the choice of test examples, or None.
+
+    An example's difference is its mean over the seeds that both ended with; over examples these vary.
+    """
+    by_seed = []
+    for seed in runs.keys() & others.keys():
+        pairs = [*zip(right_answers(runs[seed]), right_answers(others[seed]))]
+        by_seed += [[one - other for one, other in pairs]] if pairs else []
+    by_example = [statistics.fmean(seeds) for seeds in zip(*by_seed)]
+    return mean_and_error(by_example)[1] if by_example else None
+
+
 def summaries(results):
     """A dict a setting that has its best rate: (mean, standard error) of all that was measured.
 
@@ -65,10 +83,9 @@ def summaries(results):
         rival = study.reference | {"flags": chosen["flags"]}
         rival |= {"density": chosen["density"]} if chosen["density"] else {}
         if chosen != rival:
-            rivals = best_runs(results, rival).items()
-            summary["from_lora"] = differences(
-                ended, {seed: row for seed, row in rivals if "val_after" in row}
-            )
+            rivals = {seed: row for seed, row in best_runs(results, rival).items() if "val_after" in row}
+            summary["from_lora"] = differences(ended, rivals)
+            summary["error_by_examples"] = error_by_examples(ended, rivals)
         table.append(summary)
     return table
 
@@ -89,7 +106,7 @@ def table_lines(table):
     match, answers = (any(name in row for row in table) for name in ("strict", "accuracy"))
     columns = ["method", "trained", "learning rate", "seeds", "test loss", "− LoRA's"]
     columns += ["forgetting", "− LoRA's"] + ["exact match"] * match
-    columns += ["accuracy", "− LoRA's", "answer's loss", "− LoRA's"] * answers
+    columns += ["accuracy", "− LoRA's", "by examples", "answer's loss", "− LoRA's"] * answers
     columns += ["s a step", "scoring, s", "peak, MB"]
     lines = [" | ".join(columns), " | ".join(["---"] + ["---:"] * (len(columns) - 1))]
     for row in table:
@@ -101,7 +118,9 @@ def table_lines(table):
         cells = [called(row), f"{row['trained']:,}", f"{row['lr']:g}", str(row["seeds"])]
         cells += both("test_after") + both("forgetting")
         cells += [f"{row['strict'][0]:.1%}"] if match else []
-        cells += both("accuracy") + both("answer_loss") if answers else []
+        by_examples = row.get("error_by_examples")
+        cells += both("accuracy") if answers else []
+        cells += [f"± {by_examples:.3f}" if by_examples else "", *both("answer_loss")] if answers else []
         cells += [f"{row['step_seconds'][0]:.2f}", f"{row['score_seconds'][0]:.1f}"]
         cells += [f"{row['peak_memory_bytes'][0] / 1e6:,.0f}"]
         lines.append(" | ".join(cells))
