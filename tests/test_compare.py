@@ -111,9 +111,8 @@ def test_differences_from_lora_are_taken_seed_by_seed(tmp_path, monkeypatch, cap
 def test_the_error_by_examples_is_that_of_their_mean_differences(seed):
     torch.manual_seed(seed)
     bits = torch.randint(0, 2, (2, 3, 50))  # method, seed, example
-    runs, others = (
-        {n: {"answers": {"right": "".join(map(str, row.tolist()))}} for n, row in enumerate(rows)} for rows in bits
-    )
+    said = [["".join(map(str, row)) for row in rows] for rows in bits.tolist()]
+    runs, others = ({n: {"answers": {"right": right}} for n, right in enumerate(rows)} for rows in said)
     differences = (bits[0] - bits[1]).double().mean(0)
     assert summaries.error_by_examples(runs, others) == pytest.approx((differences.std() / 50**0.5).item())
     first = (bits[0, 0] - bits[1, 0]).double()
