@@ -81,7 +81,7 @@ def rates_table(study, settings):
     """Validation loss on the first seed by learning rate, and forgetting in brackets."""
     results = compare.Results(study)
     tried = {row["lr"] for chosen in settings for row in results.find(chosen | {"seed": 0})}
-    rates = sorted(rate for rate in tried if rate >= 5e-5)
+    rates = sorted(tried)
     lines = ["| learning rate | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
     lines.append("| --- |" + " ---: |" * len(rates))
     for chosen in settings:

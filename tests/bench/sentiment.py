@@ -55,10 +55,11 @@ def write_records(path, records):
 
 @torch.no_grad()
 def measure(model, tokenizer, records, batch_size=16):
-    """Which of the two answers is likelier? {accuracy, standard_error, loss of the right answer in nats, right}.
+    """Which of the two answers is likelier? {accuracy, standard_error, loss, right}.
 
-    "right" has a 1 or a 0 for each record, so that two runs compare example by example. The answers are a
-    token each. Prompts of alike lengths share a batch.
+    "loss" is that of the right answer among all tokens, in nats. "right" has a 1 or a 0 for each record, so
+    that two runs compare example by example. The answers are a token each. Prompts of alike lengths share a
+    batch.
     """
     answers = [tokenizer.encode_ordinary(answer) for answer in ANSWERS]
     assert max(map(len, answers)) == 1, "an answer has to be one token"
