@@ -41,7 +41,7 @@ def made(tmp_path_factory):
 
 
 def scored():
-    """{(model, metric): (scores, mask)} of random GPTs and an MLP in float64, whose batches are shared out."""
+    """{(model, metric): (scores, mask)} of random models in float64, whose batches are shared out."""
     found = {}
     made = {"gpt2": random_gpt("gpt2", 0), "llama": random_gpt("llama", 1), "mlp": random_mlp(0)}
     for kind, (model, batches) in made.items():
