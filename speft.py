@@ -47,14 +47,12 @@ def salience(model, metric, batches, loss_fn, layers=None):
 
 def linear_layers(model, layers=None):
     """{name, as before torch.compile: module} of the linear layers that can be scored and sparsified: of type
-    nn.Linear or SparseLinear, exactly, with a floating-point weight that is a parameter and not shared."""
-    if layers is not None and not callable(layers):
-        raise ValueError(f"`layers` has to be a function of a module's name, not {layers!r}")
+    nn.Linear or SparseLinear, unpatched, with a floating-point weight that is a parameter and not shared."""
     used = collections.Counter(p.data_ptr() for m in model.modules() for p in m.parameters(recurse=False))
     chosen = {}
     for name, module in model.named_modules():
         linear = type(module) is nn.Linear or isinstance(module, SparseLinear)
-        weight = module._parameters.get("weight") if linear else None  # a computed one is no parameter
+        weight = module._parameters.get("weight") if linear and "forward" not in vars(module) else None
         fits = weight is not None and weight.numel() and weight.is_floating_point() and weight.itemsize > 1
         name = ".".join(part for part in name.split(".") if part != "_orig_mod")
         if fits and used[weight.data_ptr()] == 1 and (layers is None or layers(name)):
@@ -76,11 +74,11 @@ def _left_as_found(model):
     try:
         devices = {p.device for p in model.parameters() if p.is_cuda}
         with torch.enable_grad(), torch.random.fork_rng(devices), warnings.catch_warnings():
-            # What a reentrant checkpoint says whose layers get no gradient, and so would score zero.
+            # A reentrant checkpoint warns so where it drops all gradients: its layers would score zero.
             warnings.filterwarnings("error", "None of the inputs have requires_grad")
             yield
     except UserWarning as warning:
-        raise ValueError(f"{warning}: score with checkpoint(..., use_reentrant=False)") from None
+        raise ValueError(f"stopped by a warning: {warning} (checkpoints: use_reentrant=False)") from warning
     finally:
         model.zero_grad()
         for p, *found in parameters:
@@ -90,21 +88,28 @@ def _left_as_found(model):
         for module, name, buffer, value in buffers:
             buffer.data.copy_(value)
             setattr(module, name, buffer)
-    torch.rand(())  # of all that was drawn one number counts: the next random scores are others
+    torch.rand(())  # fork_rng has undone every draw: after this one the next random scores are others
 
 
 def _plain(value):
     """A batch or an output with libraries' own mappings and dataclasses as dicts."""
-    value = dict(value) if isinstance(value, collections.abc.Mapping) else value
-    return vars(value) if hasattr(value, "__dataclass_fields__") else value
+    value = vars(value) if hasattr(value, "__dataclass_fields__") else value
+    if isinstance(value, collections.abc.Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 def _tensors(value):
     return [leaf for leaf in pytree.tree_leaves(_plain(value)) if isinstance(leaf, torch.Tensor)]
 
+def _signals(value):
+    return [t for t in _tensors(value) if t.requires_grad and not hasattr(t, "is_weight")]
+
+def _size(batch):
+    return len(_tensors(batch)[0]) if _tensors(batch) else 0
 
 def _count_samples(batches, weights):
     """How many samples the batches of all processes hold; every process has to have some."""
-    here = sum(len(_tensors(batch)[0]) for batch in batches if _tensors(batch))
+    here = sum(map(_size, batches))
     counts = torch.tensor([here, here == 0], device=next(iter(weights.values())).device)
     count, empty = sum_over_processes(counts).tolist()
     if empty:
@@ -127,7 +132,7 @@ def mean_gradient(model, weights, batches, loss_fn, power=1):
         w.grad = torch.zeros(w.shape, dtype=w.grad_dtype, device=w.device)  # to which backward passes add
         total[name] = w.grad if power == 1 else torch.zeros_like(w.grad)
     for batch in batches:
-        loss, size = loss_fn(model, batch), len(_tensors(batch)[0])
+        loss, size = loss_fn(model, batch), _size(batch)
         if loss.shape not in ((), (size,)):
             raise ValueError(f"loss_fn: shape {tuple(loss.shape)} is not that of {size} losses or their mean")
         (loss.sum() if loss.dim() else loss * size).backward()
@@ -162,7 +167,6 @@ def taylor(model, weights, batches, loss_fn):
     """(g ⊙ θ)², which ranks exactly like SNIP: in float64, where no float32's square is rounded or lost."""
     return {name: p.double().square_() for name, p in force(model, weights, batches, loss_fn).items()}
 
-
 def grasp(model, weights, batches, loss_fn):
     """−(H g) ⊙ θ, where H g is the gradient of ℓ's slope along g: of ∂ℓ/∂θ · g, with g held constant."""
     g = mean_gradient(model, weights, batches, loss_fn)
@@ -177,81 +181,83 @@ def grasp(model, weights, batches, loss_fn):
         product = mean_gradient(model, weights, batches, slope)
     return {name: product[name].mul_(w.detach()).neg_() for name, w in weights.items()}
 
-
 def fisher(model, weights, batches, loss_fn):
     """E[g_n²], the mean over samples n of that sample's squared gradient: by definition, one by one."""
+    if any(t.shape[:1] != (_size(batch),) for batch in batches for t in _tensors(batch)):
+        raise ValueError("fisher takes batches apart: all tensors of one have to hold as many samples")
     samples = [pytree.tree_map_only(torch.Tensor, lambda part: part[n : n + 1], _plain(batch))
-               for batch in batches if _tensors(batch) for n in range(len(_tensors(batch)[0]))]  # fmt: skip
+               for batch in batches for n in range(_size(batch))]  # fmt: skip
     return mean_gradient(model, weights, samples, loss_fn, power=2)
-
 
 def synflow(model, weights, batches, loss_fn):
     """(∂R/∂θ) ⊙ θ, where R sums the outputs of the linearised network for an input of ones."""
     _count_samples(batches, weights)
-    example = _tensors(batches[0])[0][:1]
+    example = _tensors(batches)[0][:1]
     ones = torch.ones_like(example, dtype=torch.float64, requires_grad=True)
     inputs = ones if example.is_floating_point() else example[..., :1]  # token ids: one position
-    positive = {w: w.detach().abs().double().requires_grad_() for w in weights.values()}
-    with _Linearised(positive):
-        named = isinstance(batches[0], collections.abc.Mapping)
-        output = model(**{next(iter(batches[0])): inputs}) if named else model(inputs)
-    gradients = torch.autograd.grad(_tensors(output)[0].sum(), [*positive.values()], materialize_grads=True)
-    if any((g < 0).any() for g in gradients):
-        raise ValueError("SynFlow: the model subtracts, and positive weights may not lower the outputs")
-    return {name: g * positive[w].detach() for (name, w), g in zip(weights.items(), gradients)}
+    inputs = ((), {next(iter(batches[0])): inputs}) if hasattr(batches[0], "keys") else (inputs, {})
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    positive = {t: t.detach().double() for t in tensors.values() if t.is_floating_point()}
+    positive |= {t: size.abs() for t, size in positive.items() if t.dim() > 1}  # a norm's gain may be 1 + t
+    scored = [positive[w].requires_grad_() for w in weights.values()]
+    for w in scored:
+        w.is_weight = True
+    stand_ins = {name: positive[t] for name, t in tensors.items() if t in positive}
+    stand_ins |= {name: 0 * t for name, t in stand_ins.items() if "bias" in name.rpartition(".")[2]}
+    with _Linearised():
+        output = _tensors(torch.func.functional_call(model, stand_ins, *inputs))[0]
+    gradients = torch.autograd.grad(output.sum(), scored, materialize_grads=True) if _signals(output) else []
+    if not any(g.any() for g in gradients) or any((g < 0).any() for g in gradients):
+        raise ValueError("SynFlow: the model subtracts, or its input or no scored weight reaches its output")
+    return {name: g * w.detach() for name, w, g in zip(weights, scored, gradients)}
 
 
 class _Linearised(torch.overrides.TorchFunctionMode):
-    """The network as SynFlow sees it, in float64: absolute weights, no biases, no non-linearity.
-    The signal is what requires a gradient. Activations pass it on, and attention, to all positions alike;
-    embeddings look up ones; a norm is its gain. Two signals' product (a gated MLP) is their geometric mean:
-    a plain one would square them in every block. All else has to be linear: tried on twice the signal."""
+    """A network of positive weights as SynFlow sees it: without biases, without non-linearity.
+    The signal is what requires a gradient and is no weight. Activations pass it on, and attention, to all
+    positions alike; embeddings look up ones; a norm is its gain; what is added to a signal is a bias. Two
+    signals' product (a gated MLP) is their geometric mean: a plain one would square them in every block.
+    All else has to be linear: tried on twice the signal."""
 
     ACTIVATIONS = set("relu6 elu celu selu gelu silu mish tanh sigmoid softplus softsign hardtanh hardswish "
-                      "hardsigmoid logsigmoid pow square".split())  # fmt: skip
+                      "hardsigmoid logsigmoid pow square to float type".split())  # fmt: skip
     GAINS = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 3}  # function: its argument
-
-    def __init__(self, positive):
-        super().__init__()
-        self.positive = positive  # scored weight -> its absolute value, which collects the gradient
-
-    def absolute(self, weight):
-        return self.positive[weight] if weight in self.positive else weight.detach().double().abs()
+    OTHERS = dict.fromkeys("add radd iadd sub rsub isub".split(), torch.zeros_like)
+    OTHERS |= dict.fromkeys("mul rmul imul multiply matmul".split(), lambda t: (1.0 * t).abs().double())
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.__name__.strip("_"), kwargs or {}  # add_, __add__: add
-        given = (*args, *kwargs.values())  # functions are called with and without keywords
-        signals = [t for t in _tensors(given) if t.requires_grad and not isinstance(t, nn.Parameter)]
-        if name == "embedding":
+        signals = _signals((args, kwargs))
+        given = lambda place, key: args[place] if len(args) > place else kwargs.get(key)  # noqa: E731
+        if name in ("embedding", "one_hot"):
             return torch.ones_like(func(*args, **kwargs), dtype=torch.float64, requires_grad=True)
         if not signals:
-            return func(*args, **kwargs)
-        if name in ("linear", "conv1d", "conv2d", "conv3d"):
-            return func(given[0], self.absolute(given[1]), None, *given[3:])
-        if name == "rsqrt" or name == "pow" and given[1] < 0:  # of a norm written by hand
-            return torch.ones_like(given[0])
-        if name in self.ACTIVATIONS or name in ("to", "float", "type"):  # the signal stays in float64
-            return given[0]
+            output = func(*args, **kwargs)
+            for weight in _signals(output):
+                weight.is_weight = True  # made of weights alone
+            return output
+        x = signals[0]
+        if name == "rsqrt" or name == "pow" and given(1, "exponent") < 0:  # of a norm written by hand
+            return torch.ones_like(x)
+        if name in self.ACTIVATIONS:
+            return x
         if name in self.GAINS:
-            gain = given[self.GAINS[name]] if len(given) > self.GAINS[name] else None
-            shape = (-1, *[1] * (given[0].dim() - 2)) if name in ("group_norm", "batch_norm") else given[1]
-            return given[0] if gain is None else given[0] * self.absolute(gain).view(shape)
+            gain, spread = given(self.GAINS[name], "weight"), name in ("group_norm", "batch_norm")
+            return x if gain is None else x * (gain.view(-1, *[1] * (x.dim() - 2)) if spread else gain).abs()
         if name == "scaled_dot_product_attention":
-            query, value = kwargs.get("query", given[0]), kwargs.get("value", given[2])
+            query, value = given(0, "query"), given(2, "value")
             value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)  # to all heads of a group
             return value.mean(-2, keepdim=True).expand(*query.shape[:-1], -1)
-        if name == "softmax" and given[0].isnan().any():  # of attention written by hand
-            return torch.full_like(given[0], 1 / given[0].size(kwargs.get("dim", given[1])))
+        if name == "softmax" and x.isnan().any():  # of attention written by hand
+            return torch.full_like(x, 1 / x.size(given(1, "dim")))
         if name in ("mul", "rmul", "imul", "multiply") and len(signals) == 2:  # without overflow
             return math.prod(factor.clamp(min=1e-300).sqrt() * (factor > 0) for factor in signals)
         if name in ("matmul", "bmm", "einsum") and len(signals) == 2:
             return func(*args, **kwargs) * math.nan  # of queries and keys: only for softmax
-        if name in ("add", "radd", "iadd", "sub", "rsub", "isub"):  # what is no signal is a bias
-            zero = lambda t: t if any(t is one for one in signals) else torch.zeros_like(t)  # noqa: E731
-            args, kwargs = pytree.tree_map_only(torch.Tensor, zero, (args, kwargs))
-        args, kwargs = pytree.tree_map_only(nn.Parameter, self.absolute, (args, kwargs))
-        twice = pytree.tree_map_only(torch.Tensor, lambda t: t + t if t.requires_grad else t, (args, kwargs))
-        doubled, output = func(*twice[0], **twice[1]), func(*args, **kwargs)
+        is_signal, other = lambda t: any(t is s for s in signals), self.OTHERS.get(name, lambda t: t)
+        parts = pytree.tree_map_only(torch.Tensor, lambda t: t if is_signal(t) else other(t), (args, kwargs))
+        twice = pytree.tree_map_only(torch.Tensor, lambda t: t + t if is_signal(t) else t, parts)
+        doubled, output = func(*twice[0], **twice[1]), func(*parts[0], **parts[1])
         for one, two in zip(_tensors(output), _tensors(doubled)):
             if one.requires_grad and not torch.allclose(one + one, two, rtol=1e-3, equal_nan=True):
                 raise ValueError(f"SynFlow: the operation {name} of the model is not linear")
@@ -275,7 +281,6 @@ def select(scores, density, scope):
     if count == 0:
         raise ValueError(f"a density of {density} keeps none of the weights")
     return _top(scores, count)
-
 
 def _top(scores, count):
     """The flat indices of the `count` largest scores; copies at most about `count` scores and one layer's."""
@@ -344,8 +349,10 @@ class SparseLinear(nn.Linear):
     @property
     def weight(self):
         """The weight, corrected. Who reads it computes right; who calls the layer also trains `delta`."""
-        self.sync()
-        return self._parameters["weight"]
+        weight = self._parameters["weight"]
+        if isinstance(weight, nn.Parameter):  # and not what functional_call has put there
+            self.sync()
+        return weight
 
     def forward(self, x):
         weight = self.weight
@@ -435,8 +442,7 @@ def cover(index, n_rows, n_columns):
 def sparsify(model, indices):
     """Make the named linear layers SparseLinears in place and freeze everything else; returns the deltas.
     indices: {module name: sorted flat indices (k,)}, of `select`. Empty deltas are left out, earlier ones
-    freeze (`remask` is the next mask's way). Buffers do not: BatchNorm's statistics drift in training mode,
-    and are in no adapter. Raises ValueError, before anything is changed, for what does not fit."""
+    freeze (`remask` is the next mask's way). Raises ValueError, before any change, for what does not fit."""
     modules = linear_layers(model)
     for name, index in indices.items():
         _check_index(modules, name, index)
@@ -446,16 +452,13 @@ def sparsify(model, indices):
         modules[name].set_mask(index)
     return [modules[name].delta for name in indices if modules[name].delta.numel()]
 
-
 def remask(model, indices):
     """The dynamic step: what was learned stays, the new mask starts from zero; returns its deltas."""
     emptied = {name: torch.empty(0, dtype=torch.int64) for name, _ in _sparse_layers(model)}
     return sparsify(model, emptied | indices)
 
-
 def _sparse_layers(model):
     return [item for item in linear_layers(model).items() if isinstance(item[1], SparseLinear)]
-
 
 def _check_index(modules, name, index):
     if name not in modules:
@@ -469,7 +472,6 @@ def _check_index(modules, name, index):
 def adapter(model):
     """All that was learned: {module name: (flat indices (m,), float32 corrections (m,), weight's shape)}."""
     return {n: (m.known.clone(), m.total().clone(), tuple(m.weight.shape)) for n, m in _sparse_layers(model)}
-
 
 def load_adapter(model, state):
     """Put what `adapter` returned onto its base, bit for bit, in place of any other; returns the deltas.
@@ -488,7 +490,6 @@ def load_adapter(model, state):
         modules[name].delta.data.copy_(values)
         modules[name].sync()
     return deltas
-
 
 def merge(model):
     """Turn every SparseLinear into an nn.Linear with the corrected weight, still frozen; return the model."""

@@ -12,7 +12,6 @@ import sys
 import time
 
 import torch
-import torch.distributed as dist
 
 import data
 import speft
@@ -49,11 +48,11 @@ def make_optimizer(params, args):
 
 def sum_gradients(params, loss):
     """Add up the gradients of all processes, and the loss, which is returned: one collective a step."""
-    if not dist.is_initialized():
+    if data.rank_and_world()[1] == 1:
         return loss
     gradients = [parameter.grad for parameter in params]
-    flat = torch.cat([gradient.flatten() for gradient in gradients] + [gradients[0].new_tensor([loss])])
-    dist.all_reduce(flat)
+    last = gradients[0].new_tensor([loss], dtype=torch.float32)  # all are summed in float32, then
+    flat = speft.sum_over_processes(torch.cat([gradient.flatten() for gradient in gradients] + [last]))
     for gradient, summed in zip(gradients, flat[:-1].split([gradient.numel() for gradient in gradients])):
         gradient.copy_(summed.view_as(gradient))
     return flat[-1].item()
@@ -119,31 +118,22 @@ def run(args, adapt, log):
     """Load, evaluate, train, save, evaluate; returns what result.json holds."""
     start, is_first = time.time(), data.rank_and_world()[0] == 0
     data.show(f"reading {args.model} and {args.data}")
-    for flag in ("out", "merge"):
-        if vars(args)[flag] and (flag, args.method) != ("out", "none"):  # an evaluation leaves no files
-            data.check_folder(flag, vars(args)[flag])
     torch.manual_seed(args.seed)
     model = data.load_model(args.model, getattr(torch, args.dtype)).to(args.device)
     data.check_fit(args, model.config, speft.linear_layers(model), re.compile(args.layers).search)
     tokenizer, base = data.load_tokenizer(args.model), model.fingerprint()
+    total = sum(parameter.numel() for parameter in model.parameters())
     if args.adapter:
         speft.load_adapter(model, data.read_adapter(args.adapter, base))
     splits = data.load_examples(args.data, tokenizer, args.seq_len, args.device, val=args.val)
     splits["source"] = data.load_examples("stdlib", tokenizer, args.seq_len, args.device, ["test"])["test"]
     report, train = data.Report(splits, tokenizer, args), splits["train"]
 
-    # What makes a run the same one: flags, and the contents of what is read.
-    settings = {name: value for name, value in vars(args).items() if name not in data.MAY_CHANGE}
-    settings |= {"step_examples": args.batch_size * args.accumulate * data.rank_and_world()[1]}
-    settings |= {"base": base, "start": model.fingerprint() if args.adapter else base}
-    settings |= {f"{name}_data": split.fingerprint() for name, split in splits.items()}
+    settings = data.run_settings(args, base, model.fingerprint() if args.adapter else base, splits)
     result = vars(args) | settings | {"processes": data.rank_and_world()[1]}
-    finished, saved = None, None
-    if args.resume:
-        finished, saved = data.resume(args.out, settings, {"merge": args.merge, "prompt": args.prompt})
+    finished, saved = data.resume(args, settings)
     if finished:
         return finished
-    total = sum(parameter.numel() for parameter in model.parameters())
     data.show(f"{args.model}: {total:,} weights; {len(train):,} examples {train.note}")
 
     if args.method == "none" and args.prompt:

@@ -80,6 +80,18 @@ def check_folder(flag, folder):
         raise InputError(f"--{flag} {folder}: no files can be written there ({error.strerror})") from None
 
 
+def check_model_folder(flag, folder, source):
+    """Make sure that a model may be written to `folder`: in place of no other but one of an earlier run.
+
+    source: the model that the run starts from, as `find` reads it.
+    """
+    if Path(folder).resolve() == find(source).resolve():
+        raise InputError(f"--{flag} {folder}: the model to start from is there, and would be lost")
+    parts = {path.name for path in Path(folder).glob("model*.safetensors")} - {"model.safetensors"}
+    if parts:
+        raise InputError(f"--{flag} {folder}: {min(parts)}, of another model, is there")
+
+
 def read_json(path):
     """The JSON object in the file `path` as a dict; InputError if it holds none."""
     return parse_json(path, path.read_bytes())

@@ -12,6 +12,18 @@ import torch
 
 from data.files import InputError, read_json, read_tensors, write_json, write_json_lines, write_tensors
 from data.processes import gather, rank_and_world, show
+from data.settings import MAY_CHANGE
+
+
+def run_settings(args, base, start, splits):
+    """What makes a run the same one: flags, and the contents of what is read.
+
+    base, start: fingerprints of the model, without and with the adapter that it starts from.
+    """
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    settings |= {"step_examples": args.batch_size * args.accumulate * rank_and_world()[1]}
+    settings |= {"base": base, "start": start}
+    return settings | {f"{name}_data": split.fingerprint() for name, split in splits.items()}
 
 
 def write_adapter(folder, learned, settings):
@@ -50,6 +62,8 @@ def write_progress(folder, progress):
     result of an earlier run, which is not what these lead to.
     """
     step = len(progress["log"])
+    for unfinished in Path(folder).glob(".checkpoint-*.pt.*"):  # of a run that was killed meanwhile
+        unfinished.unlink()
     write_tensors(Path(folder) / f"checkpoint-{step}.pt", progress)
     (Path(folder) / "result.json").unlink(missing_ok=True)
     others = find_checkpoints(folder)
@@ -110,13 +124,15 @@ def read_result(folder, settings):
     return result if "val_after" in result and not changes(result, settings) else None
 
 
-def resume(folder, settings, afterwards):
-    """(the result, if the run with these settings in `folder` is finished; the checkpoint to go on from)
+def resume(args, settings):
+    """(the result, if the run with these settings in --out is finished; the checkpoint to go on from)
 
-    Both may be None. afterwards: settings of what comes after the training; where they have changed, that is
-    to be done again. The first process reads for all.
+    Both may be None, and are without --resume. The first process reads for all.
     """
-    finished, saved = None, None
+    finished, saved, folder = None, None, args.out
+    if not args.resume:
+        return finished, saved
+    afterwards = {"merge": args.merge, "prompt": args.prompt}  # where they have changed, it is done again
     if rank_and_world()[0] == 0:
         finished, saved = read_result(folder, settings | afterwards), read_progress(folder, settings)
     finished, saved = gather((finished, saved))[0]

@@ -55,7 +55,10 @@ def _map_tensor(path, offset, dtype, shape):
 
 
 def safetensors_bytes(tensors, dtype):
-    """The bytes of a safetensors file that holds `tensors`, converted to `dtype`."""
+    """The bytes of a safetensors file that holds `tensors`, converted to `dtype`.
+
+    Raises InputError where a finite value would become an infinite one.
+    """
     names = {known: name for name, known in DTYPES.items()}
     header, position = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
@@ -65,6 +68,9 @@ def safetensors_bytes(tensors, dtype):
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the bytes after it start aligned
     content = bytearray(len(text).to_bytes(8, "little") + text)
-    for tensor in tensors.values():
-        content += tensor.to(dtype).flatten().view(torch.uint8).numpy().tobytes()
+    for name, tensor in tensors.items():
+        stored = tensor.to(dtype).flatten()
+        if not torch.equal(stored.isfinite(), tensor.flatten().isfinite()):
+            raise InputError(f"tensor {name!r:.100} has values beyond {dtype}")
+        content += stored.view(torch.uint8).numpy().tobytes()
     return content

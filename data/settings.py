@@ -7,7 +7,8 @@ import re
 
 import torch
 
-from data.files import InputError
+from data.files import InputError, check_folder, check_model_folder
+from data.processes import rank_and_world
 
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 # The default of --lr by method, or of masks by metric: what did best in the studies, data/results/README.md.
@@ -26,31 +27,36 @@ def not_negative(x):
     return 0 <= x < 2**31
 
 
-def share(x):
-    """A part of a whole."""
+def fraction(x):
+    """From zero to one."""
     return 0 <= x <= 1
+
+
+def density(x):
+    """Above zero, up to one."""
+    return 0 < x <= 1
 
 
 FLAGS = {  # name: (default, the values allowed, help)
     "metric": ("grad", None, "how weights are scored"),
-    "density": (0.01, lambda x: 0 < x <= 1, "share of the linear layers' weights to train"),
+    "density": (0.01, density, "share of the linear layers' weights to train"),
     "scope": ("global", ["global", "local"], "rank the weights of the whole model, or of each layer"),
     "mask": ("static", ["static", "dynamic"], "score once, or again every --refresh steps"),
     "refresh": (40, positive, "steps between the masks of --mask dynamic"),
     "method": ("sparse", ["sparse", "full", "none"], "what to train: a mask, every weight, or nothing"),
-    "model": ("base", None, "base (shipped), scratch (random weights), smollm2, or a checkpoint"),
+    "model": ("base", None, "base (shipped), scratch (random weights), smollm2, gemma3, or a checkpoint"),
     "adapter": ("", None, "adapter.pt of an earlier run, to start from"),
     "data": ("prose", None, "prose, stdlib, gsm, gym:TASK of reasoning-gym, or a .jsonl or .txt file"),
     "val": ("", None, "file to validate on; by default a tenth of the examples is held out"),
-    "layers": ("", None, "regular expression: train only linear layers whose name it matches"),
+    "layers": ("", None, "regular expression: mask only linear layers whose name it matches"),
     "score-examples": (128, positive, "training examples to score with"),
     "steps": (120, not_negative, "optimizer steps"),
     "batch-size": (8, positive, "examples that a process reads at once"),
     "accumulate": (1, positive, "batches of each process whose gradients make a step"),
     "seq-len": (256, positive, "longest example, in tokens"),
     "lr": (math.nan, positive, f"peak learning rate (default by method or metric: {RATES_SAID})"),
-    "warmup": (0.03, share, "share of the steps in which the learning rate rises"),
-    "weight-decay": (0.0, not_negative, "AdamW's weight decay"),
+    "warmup": (0.03, fraction, "share of the steps in which the learning rate rises"),
+    "weight-decay": (0.0, not_negative, "AdamW's weight decay: of a mask's corrections, so towards the base"),
     "clip": (1.0, positive, "norm that a larger gradient is scaled down to"),
     "eval-every": (40, positive, "steps between validations"),
     "eval-examples": (64, positive, "held-out examples that an evaluation reads"),
@@ -72,8 +78,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if message.startswith("unrecognized"):
             unknown, known = message.split()[2], [f"--{name}" for name in (*FLAGS, "resume")]
-            nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0.0)
-            message += f"; the nearest flag is {nearest[0]}"
+            nearest = difflib.get_close_matches(unknown, known, n=1)
+            message += f"; the nearest flag is {nearest[0]}" if nearest else "; --help lists the flags"
         self.exit(2, f"train.py: error: {message}\n")
 
 
@@ -95,7 +101,7 @@ def parse_args(argv, metrics):
     for name, (_, allowed, _) in FLAGS.items():
         value = getattr(args, name.replace("-", "_"))
         if callable(allowed) and not allowed(value):
-            parser.error(f"argument --{name}: {value} is out of range")
+            parser.error(f"argument --{name}: {value} is out of range: {allowed.__doc__}")
     try:
         re.compile(args.layers)
     except re.error as error:
@@ -108,6 +114,13 @@ def check_fit(args, config, layers, chosen):
 
     config: the model's. layers: its linear layers by name; chosen: which of the names --layers matches.
     """
+    _check_folders(args)
+    if args.method == "full" and args.layers:
+        raise InputError(f"--layers {args.layers}: chooses layers to mask, but --method full has no mask")
+    batches, world = math.ceil(args.score_examples / args.batch_size), rank_and_world()[1]
+    if args.method == "sparse" and args.metric not in ("random", "magnitude") and batches < world:
+        few = f"too few batches ({batches}) for {world} processes"
+        raise InputError(f"--score-examples {args.score_examples}: {few}")
     weights = [layer.weight.numel() for name, layer in layers.items() if chosen(name)]
     if args.method == "sparse" and not weights:
         names = ", ".join(layers)
@@ -116,3 +129,13 @@ def check_fit(args, config, layers, chosen):
         raise InputError(f"--density {args.density}: keeps none of {sum(weights):,} weights")
     if args.seq_len > config.block_size:
         raise InputError(f"--seq-len {args.seq_len}: the model's context has {config.block_size} tokens")
+
+
+def _check_folders(args):
+    for flag in ("merge",) if args.method == "none" else ("out", "merge"):  # an evaluation leaves no files
+        if vars(args)[flag]:
+            check_folder(flag, vars(args)[flag])
+    if args.merge:
+        check_model_folder("merge", args.merge, args.model)
+    elif args.method == "full":
+        check_model_folder("out", args.out, args.model)

@@ -1,9 +1,11 @@
 """Other people's modules, batches, wrappers and loops: what `speft` does is right, or refused by name."""
 
 import copy
+import functools
 import io
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,7 +134,21 @@ def test_a_reentrant_checkpoint_without_a_gradient_is_refused(metric):
     model.how = False
     assert_same_tensors(salience(model, metric, batches, sample_losses), expected)
     model.how = True
-    fails("score with checkpoint.*use_reentrant=False", model, metric, batches)
+    fails("None of the inputs.*checkpoints: use_reentrant=False", model, metric, batches)
+
+
+def test_a_warning_that_is_an_error_is_told_as_it_is():
+    model, batches = random_mlp(1)
+
+    def warn(model, batch):
+        warnings.warn("the model is old", UserWarning)
+        return sample_losses(model, batch)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="stopped by a warning: the model is old") as raised:
+            salience(model, "grad", batches, warn)
+    assert isinstance(raised.value.__cause__, UserWarning)
 
 
 # --- which layers ---------------------------------------------------------------------------------------
@@ -195,12 +211,19 @@ def empty(*sizes):
         return nn.Linear(*sizes)
 
 
+def patched(layer):
+    """As accelerate's hooks do: what the layer computes is no longer what its type says."""
+    layer.forward = functools.partial(nn.Linear.forward, layer)
+    return layer
+
+
 UNFIT = {
     "int8": lambda: with_weight(torch.zeros(4, 4, dtype=torch.int8)),
     "complex": lambda: with_weight(torch.zeros(4, 4, dtype=torch.complex64)),
     "float8": lambda: with_weight(torch.zeros(4, 4).to(torch.float8_e4m3fn)),
     "no inputs": lambda: empty(0, 4),
     "no outputs": lambda: empty(4, 0),
+    "another forward": lambda: patched(nn.Linear(4, 4)),
 }
 
 
@@ -227,7 +250,7 @@ class Special(nn.Linear):
 
 def test_layers_is_a_predicate_and_the_message_names_what_there_is():
     model = nn.Sequential(nn.Linear(2, 2), nn.Conv1d(2, 2, 1), Special(2, 2))
-    fails("function of a module's name, not '0'", model, "magnitude", [], layers="0")
+    assert list(salience(model, "magnitude", [], None, layers=lambda name: name == "0")) == ["0"]
     fails("no nn.Linear.*Special", model[1:], "magnitude", [])
     fails("no nn.Linear.*Conv1d", model[1:], "magnitude", [])
 
@@ -469,7 +492,7 @@ def test_reading_between_forward_and_backward_is_no_change():
 
 
 def test_running_statistics_drift_in_training_mode_and_are_in_no_adapter():
-    """As the docstring of `sparsify` says: who wants them frozen keeps those modules in eval mode."""
+    """As the README says: who wants them frozen keeps those modules in eval mode."""
     torch.manual_seed(0)
     model = scramble(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
     (delta,) = sparsify(model, {"0": torch.arange(5)})
@@ -479,7 +502,7 @@ def test_running_statistics_drift_in_training_mode_and_are_in_no_adapter():
         model(torch.randn(8, 4)).sum().backward()
         assert torch.equal(model[1].running_mean, before) != training
     assert list(adapter(model)) == ["0"]
-    assert "BatchNorm" in sparsify.__doc__
+    assert "BatchNorm" in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 # --- what it costs --------------------------------------------------------------------------------------

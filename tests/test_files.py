@@ -39,13 +39,14 @@ def test_an_adapter_takes_eight_bytes_an_entry_and_a_kilobyte_a_layer(trained):
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_an_adapter(made, trained, tmp_path):
+def test_a_run_starts_from_an_adapter(made, trained, tmp_path, capsys):
     out, result = trained
     adapter = ["--data", made[1], "--adapter", out / "adapter.pt"]
     again = train.main(argv("base", tmp_path / "none", *adapter, "--method", "none"))
     assert again["val_before"] == result["val_after"]
     more = train.main(argv("base", tmp_path / "more", *adapter, "--seed", 1))
     assert more["val_before"] == result["val_after"] != more["val_after"]
+    assert "base: 5,853,184 weights" in capsys.readouterr().out  # the base's own
     model = data.load_model("base")
     speft.load_adapter(model, data.read_adapter(tmp_path / "more" / "adapter.pt", model.fingerprint()))
     assert learned(tmp_path / "more") != learned(out)

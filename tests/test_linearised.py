@@ -47,9 +47,6 @@ def test_a_transformer_encoder(batch_first, norm_first, masked):
     if masked:
         mask = nn.Transformer.generate_square_subsequent_mask(1 if not batch_first else 4)
         model.forward = lambda x: nn.TransformerEncoder.forward(model, x, mask=mask)
-    for encoder_layer in model.layers:
-        nn.init.zeros_(encoder_layer.self_attn.in_proj_bias)
-        nn.init.zeros_(encoder_layer.self_attn.out_proj.bias)
     p = positive(model)
     x = torch.ones((1, 4, 8), dtype=torch.float64)
     for i in range(2):
@@ -66,13 +63,6 @@ def test_a_transformer_encoder(batch_first, norm_first, masked):
     x.sum().backward()
     expected = {name: (w.grad * w).detach() for name, w in expected.items()}
     assert_close(synflow(model, (torch.randn(3, 4, 8),)), expected)
-
-
-@pytest.mark.parametrize("norm_first", (False, True))
-def test_attention_in_a_module_of_its_own_with_biases_is_refused_by_name(norm_first):
-    layer = scramble(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first))
-    with pytest.raises(ValueError, match="operation multi_head_attention_forward of the model"):
-        synflow(nn.TransformerEncoder(layer, 2), (torch.randn(3, 4, 8),))
 
 
 class Crossed(nn.Module):
@@ -206,6 +196,149 @@ def test_a_norm_over_two_dimensions_is_its_gain():
     p = positive(model)
     expected = flow(model, p, (p["fc1.weight"].sum(1) * p["norm.weight"] @ p["fc2.weight"].T).sum())
     assert_close(synflow(model, (torch.randn(2, 5, 3),)), expected)
+
+
+# --- however it is spelled ------------------------------------------------------------------------------
+
+
+def last_first(x):
+    return x.transpose(-2, -1)
+
+
+def as_conv1d(m, x):
+    """transformers' Conv1D: the bias comes first."""
+    return torch.addmm(m.shift_bias, x.reshape(-1, 4), m.square).view(x.shape)
+
+
+KERNEL = {  # a convolution over positions, its bias and padding given in every way
+    "by place": lambda m, x: F.conv1d(last_first(x), m.kernel, m.shift_bias, 1, 2),
+    "by keyword": lambda m, x: F.conv1d(last_first(x), m.kernel, padding=2, bias=m.shift_bias),
+    "all by keyword": lambda m, x: F.conv1d(
+        padding=2, weight=m.kernel, bias=m.shift_bias, input=last_first(x)
+    ),
+    "without a bias": lambda m, x: F.conv1d(last_first(x), m.kernel, padding=2),
+    "in a module": lambda m, x: m.conv(last_first(x)),
+}
+SQUARE = {  # a product with a matrix
+    "matmul": lambda m, x: x @ m.square,
+    "addmm": as_conv1d,
+    "of a view": lambda m, x: x @ m.square.view(16).view(4, 4),
+    "transposed": lambda m, x: F.linear(x, m.square.T, m.shift_bias),
+    "einsum": lambda m, x: torch.einsum("btc,cd->btd", x, m.square),
+    "of a buffer": lambda m, x: x @ m.constant,
+    "in pieces": lambda m, x: torch.cat([x @ part for part in m.square.chunk(2, 1)], -1),
+}
+ONE_MORE_GAIN = {
+    "a row": lambda m, x: x * m.gain[None],
+    "layer norm by keyword": lambda m, x: F.layer_norm(
+        x, bias=m.shift_bias, weight=m.gain, normalized_shape=(4,)
+    ),
+    "layer norm, eps first": lambda m, x: F.rms_norm(x, (4,), eps=1e-6, weight=m.gain),
+    "attention by keyword": lambda m, x: m.gain * F.scaled_dot_product_attention(value=x, key=-x, query=x),
+}
+
+
+class Spelled(ByHand):
+    """Something of other parameters, of both signs, between two linear layers."""
+
+    def __init__(self, between):
+        super().__init__(between)
+        self.kernel, self.square = nn.Parameter(torch.randn(4, 4, 5)), nn.Parameter(torch.randn(4, 4))
+        self.shift_bias = nn.Parameter(torch.randn(4))
+        self.conv = nn.Conv1d(4, 4, 5, padding=2)
+        self.conv.weight = self.kernel
+        self.register_buffer("constant", self.square.detach())
+
+
+@pytest.mark.parametrize("spelled", (*KERNEL, *SQUARE, *ONE_MORE_GAIN))
+def test_a_weight_counts_by_its_size_and_a_bias_not_at_all_however_they_are_spelled(spelled):
+    torch.manual_seed(0)
+    between = (KERNEL | SQUARE | ONE_MORE_GAIN)[spelled]
+    model = Spelled((lambda m, x: last_first(between(m, x))) if spelled in KERNEL else between)
+    p = positive(model)
+    x = p["fc1.weight"].sum(1).expand(5, 4)
+    if spelled in KERNEL:
+        padded = F.pad(x, (0, 0, 2, 2))
+        kernel = model.conv.weight.detach().double().abs()
+        x = torch.stack([sum(kernel[:, :, k] @ padded[t + k] for k in range(5)) for t in range(5)])
+    x = x @ p["square"] if spelled in SQUARE else x * p["gain"] if spelled in ONE_MORE_GAIN else x
+    assert_close(synflow(model, (torch.randn(2, 5, 3),)), flow(model, p, (x @ p["fc2.weight"].T).sum()))
+
+
+def test_a_scored_weight_is_followed_through_whatever_is_made_of_it():
+    """Two linear layers as one product, and one the other way round."""
+    torch.manual_seed(0)
+    model = ByHand(None)
+    joined = lambda m, x: F.linear(F.linear(x, m.fc1.weight), torch.cat((m.fc2.weight, m.fc2.weight.flip(1))))
+    model.forward = lambda x: joined(model, x) @ torch.cat((model.fc2.weight, model.fc1.weight.T[:2]))[:, :3]
+    p = positive(model)
+    out = torch.cat((p["fc2.weight"], p["fc2.weight"].flip(1))) @ p["fc1.weight"].sum(1)
+    back = torch.cat((p["fc2.weight"], p["fc1.weight"].T[:2]))[:, :3]
+    assert_close(synflow(model, (torch.randn(2, 3),)), flow(model, p, (out @ back).sum()))
+
+
+class Placed(nn.Module):
+    """Token embeddings and, through a linear layer of its own, a table of positions."""
+
+    def __init__(self, seed):
+        torch.manual_seed(seed)
+        super().__init__()
+        self.embedding, self.place = nn.Embedding(9, 4), nn.Linear(3, 4)
+        self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.register_buffer("table", torch.randn(6, 3))
+
+    def forward(self, ids):
+        x = self.embedding(ids) + self.place(self.table[: ids.size(1)])
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_layer_that_reads_no_signal_is_a_bias(seed):
+    model = Placed(seed)
+    p = positive(model)
+    expected = flow(model, p, (p["fc2.weight"] @ p["fc1.weight"].sum(1)).sum())
+    assert_close(synflow(model, (torch.randint(9, (2, 5)),)), expected)
+    assert not expected["place"].any()
+
+
+class OneHot(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(9, 4), nn.Linear(4, 2)
+
+    def forward(self, ids):
+        return self.fc2(self.fc1(F.one_hot(ids, 9).to(self.fc1.weight.dtype)))
+
+
+def test_one_hot_vectors_count_as_ones_like_any_input():
+    torch.manual_seed(0)
+    model = OneHot()
+    expected, _ = chain_flow(nn.Sequential(model.fc1, model.fc2))
+    expected = {f"fc{int(name) + 1}": score for name, score in expected.items()}
+    assert_close(synflow(model, (torch.randint(9, (2, 5)),)), expected)
+
+
+def centred(m, x):
+    x = x - x.mean(-1, keepdim=True)
+    return x + 0 * x.square()
+
+
+CUT_OFF = {
+    "looked up by hand": lambda m, x: m.square[x.long().flatten() % 4],
+    "centred": centred,
+    "detached": lambda m, x: x.detach(),
+    "times zero": lambda m, x: 0.0 * x,
+}
+
+
+@pytest.mark.parametrize("how", CUT_OFF)
+def test_a_network_that_passes_no_signal_on_is_refused(how):
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="SynFlow: the model subtracts, or its input or no scored weight"):
+        synflow(Spelled(CUT_OFF[how]), (torch.randn(2, 5, 3),))
+
+
+# --- what is refused ------------------------------------------------------------------------------------
 
 
 def add_to_zeros(m, x):

@@ -1,5 +1,7 @@
 """The metrics other than SynFlow, against the paper's formulas on `torch.func` and on loops over samples."""
 
+import collections
+import dataclasses
 import functools
 import math
 
@@ -248,6 +250,60 @@ def test_a_penalty_on_the_weights_in_the_loss_counts(metric, make):
     penalised = lambda m, batch: sample_losses(m, batch) + 0.3 * m.fc1.weight.square().sum()  # noqa: E731
     expected = loop_oracle(metric, model, batches, penalised)
     assert_close(salience(model, metric, batches, penalised), expected, rtol=1e-5, atol=1e-6)
+
+
+# --- what a batch is ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Pair:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+NESTED = {  # a batch -> the same in other containers
+    "a tuple in a list": lambda x, y: [(x, y)],
+    "a dict in a tuple": lambda x, y: ({"x": x}, {"y": y}),
+    "a library's mapping in a tuple": lambda x, y: (collections.UserDict(x=x), "name", y),
+    "a library's mapping in its own": lambda x, y: collections.UserDict(a=collections.UserDict(x=x, y=[y])),
+    "a dataclass in a list": lambda x, y: [None, Pair(x, y)],
+}
+
+
+def tensors_in(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Pair):
+        value = {"x": value.x, "y": value.y}
+    parts = value.values() if hasattr(value, "values") else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+@pytest.mark.parametrize("loss_fn", (sample_losses, mean_loss))
+@pytest.mark.parametrize("kind", NESTED)
+@pytest.mark.parametrize("metric", NEEDS_DATA)
+def test_a_batch_may_be_nested_as_it_likes(metric, kind, loss_fn):
+    model, batches = random_mlp(1)
+    nested = [NESTED[kind](*batch) for batch in batches]
+    scores = salience(model, metric, nested, lambda m, batch: loss_fn(m, tensors_in(batch)))
+    assert_same_tensors(scores, salience(model, metric, batches, loss_fn))
+
+
+@pytest.mark.parametrize("metric", NEEDS_DATA)
+def test_what_is_no_sample_is_passed_on_or_refused(metric):
+    """Fisher, which takes batches apart, would take class weights apart as well."""
+    model, batches = random_mlp(1)
+    width = batches[0][1].size(1)
+    for scale in (torch.arange(1.0, 1 + width, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)):
+        weighted = lambda m, batch: ((m(batch[0]) - batch[1]) ** 2 * scale).mean(1)  # noqa: E731
+        with_scale = lambda m, batch: ((m(batch[0]) - batch[1]) ** 2 * batch[2]).mean(1)  # noqa: E731
+        more = [(*batch, scale) for batch in batches]
+        if metric == "fisher":
+            with pytest.raises(ValueError, match="fisher takes batches apart"):
+                salience(model, metric, more, with_scale)
+        else:
+            expected = salience(model, metric, batches, weighted)
+            assert_same_tensors(salience(model, metric, more, with_scale), expected)
 
 
 # --- SNIP and Taylor rank alike -------------------------------------------------------------------------

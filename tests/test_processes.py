@@ -111,6 +111,18 @@ def test_two_processes_train_what_one_trains_with_twice_the_batch(made, tmp_path
         assert [entry[:3] for entry in there] == [entry[:3] for entry in here]  # the same masks
 
 
+def summed_losses():
+    """Of narrow gradients in every process, beside a loss that they could not hold."""
+    parameter = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    parameter.grad = torch.ones_like(parameter)
+    return train.sum_gradients([parameter], 5.0628 + data.rank_and_world()[0]), parameter.grad.tolist()
+
+
+def test_the_loss_is_summed_in_float32_beside_narrower_gradients(tmp_path):
+    for loss, gradients in Together(2, tmp_path / "two", summed_losses).results():
+        assert loss == pytest.approx(2 * 5.0628 + 1, abs=1e-6) and gradients == [2.0] * 3
+
+
 def communicated(flags):
     """The bytes of every all_reduce of a run."""
     sizes, real = [], dist.all_reduce
@@ -172,7 +184,7 @@ def test_killed_processes_resume_and_their_number_may_change(made, tmp_path, kin
     train.main(argv(tiny, tmp_path / "alone", *flags, *four, "--resume"))
     resumed = read_log(tmp_path / "alone")
     assert [row["loss"] for row in resumed] == pytest.approx([row["loss"] for row in whole], abs=1e-4)
-    flags = argv(tiny, tmp_path / "unlike", *flags, *four, "--resume")
+    flags = argv(tiny, tmp_path / "unlike", *flags, "--accumulate", 2, "--resume")
     unlike = train_together(2, tmp_path / "printed", *flags)
     assert all(unlike.exit_codes()) and "step_examples" in unlike.printed(0, "err")
 
@@ -214,7 +226,7 @@ def test_more_processes_than_batches_to_score_with_is_an_error(made, tmp_path):
     flags = argv(tiny, tmp_path / "out", "--data", pairs, "--score-examples", 2)
     two = train_together(2, tmp_path / "printed", *flags)
     assert two.exit_codes() == [1, 1]
-    assert "`batches` holds no tensors, at least in one process" in two.printed(0, "err")
+    assert "--score-examples 2: too few batches (1) for 2 processes" in two.printed(0, "err")
     assert os.listdir(tmp_path / "out") == []
 
 

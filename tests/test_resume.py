@@ -237,6 +237,12 @@ def test_the_last_two_checkpoints_are_kept(cut, tmp_path):
     assert kept == [[1], [2, 3], [3, 6]]
 
 
+def test_what_a_killed_run_left_unfinished_goes(run, tmp_path):
+    (tmp_path / ".checkpoint-2.pt.4711").write_bytes(b"half of it")
+    run(tmp_path, "--checkpoint-every", 3)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 def test_files_of_other_names_are_left_alone(run, tmp_path):
     for name in ("checkpoint-3 (copy).pt", "checkpoint-.pt", "checkpoint-2b.pt", "notes.pt"):
         (tmp_path / name).write_bytes(b"mine")

@@ -10,7 +10,7 @@ from hub import MODELS, safetensors, weights_of
 
 import data
 from data.files import InputError
-from data.safetensors import open_safetensors
+from data.safetensors import open_safetensors, safetensors_bytes
 
 
 def with_header(header, data=b"\0" * 16):
@@ -88,6 +88,14 @@ def test_fuzzed_safetensors(tmp_path):
         except InputError:
             refused += 1
     assert 0 < refused < 1500  # both happen
+
+
+@pytest.mark.parametrize("dtype, largest", ((torch.float16, 65504.0), (torch.bfloat16, 3e38)))
+def test_a_value_that_the_file_cannot_hold_is_an_error(dtype, largest):
+    tensors = {"fits": torch.tensor([largest, torch.inf, torch.nan]), "large": torch.tensor([1.0, -3.4e38])}
+    safetensors_bytes({"fits": tensors["fits"]}, dtype)
+    with pytest.raises(InputError, match=f"tensor 'large' has values beyond {dtype}"):
+        safetensors_bytes(tensors, dtype)
 
 
 def test_unaligned_data(tmp_path):

@@ -1,5 +1,6 @@
 """The command line: what cannot work ends before any work, with one line that names the cause."""
 
+import contextlib
 import math
 import os
 
@@ -14,7 +15,7 @@ from runs import argv, write_pairs, write_tiny
 
 USAGE = {  # flags -> what the line names
     "--metric wanda": "wanda",
-    "--density 0": "--density",
+    "--density 0": "--density: 0.0 is out of range: Above zero, up to one.",
     "--density 1.5": "--density",
     "--density nan": "--density",
     "--density much": "--density",
@@ -31,7 +32,7 @@ USAGE = {  # flags -> what the line names
     "--seq-len 0": "--seq-len",
     "--lr 0": "--lr",
     "--lr inf": "--lr",
-    "--warmup 2": "--warmup",
+    "--warmup 2": "--warmup: 2.0 is out of range: From zero to one.",
     "--weight-decay -1": "--weight-decay",
     "--clip 0": "--clip",
     "--eval-every 0": "--eval-every",
@@ -41,6 +42,7 @@ USAGE = {  # flags -> what the line names
     "--device tpu": "tpu",
     "--dtype int8": "int8",
     "--no-such-flag": "--no-such-flag",
+    "--xyzzy 1": "--xyzzy 1; --help lists the flags",
     "--densty 0.1": "--densty 0.1; the nearest flag is --density",
     "--resum": "the nearest flag is --resume",
     "stray": "stray",
@@ -58,6 +60,11 @@ BEFORE_WORK = {
     "--merge {tmp}/file": "--merge {tmp}/file: no files can be written there",
     "--layers no.such.layer": "--layers no.such.layer: matches no linear layer; there are blocks.0.attn.q",
     "--density 1e-9": "--density 1e-09: keeps none of ",
+    "--method full --layers attn": "--layers attn: chooses layers to mask, but --method full has no mask",
+    "--method full --out {tmp}/tiny": "--out {tmp}/tiny: the model to start from is there",
+    "--method full --out {tmp}/other --merge {tmp}/other/../tiny": "--merge {tmp}/other/../tiny: the",
+    "--merge {tmp}/tiny": "--merge {tmp}/tiny: the model to start from is there, and would be lost",
+    "--merge {tmp}/parts": "--merge {tmp}/parts: model-00001-of-00002.safetensors, of another model",
 }
 IN_WORK = {"--method full --lr 2e9": "step 2: the loss or its gradient is not finite"}
 
@@ -66,6 +73,8 @@ IN_WORK = {"--method full --lr 2e9": "step 2: the loss or its gradient is not fi
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     (folder / "file").write_text("no folder")
+    (folder / "parts").mkdir()
+    (folder / "parts" / "model-00001-of-00002.safetensors").write_text("a part")
     return write_tiny(folder / "tiny"), write_pairs(folder / "pairs.jsonl")
 
 
@@ -83,6 +92,19 @@ def test_what_cannot_work_ends_with_one_line(made, tmp_path, capsys, flags):
     if flags not in IN_WORK:
         assert "before" not in printed.out  # no evaluation
     assert not out.exists() or os.listdir(out) == []
+
+
+@pytest.mark.parametrize("metric", ("grad", "synflow", "random", "magnitude"))
+def test_every_process_needs_a_batch_to_score(made, tmp_path, monkeypatch, metric):
+    tiny, pairs = made
+    flags = ["--data", pairs, "--metric", metric, "--score-examples", 7, "--batch-size", 3]
+    args, model = data.parse_args(argv(tiny, tmp_path, *flags), speft.METRICS), data.load_model(tiny)
+    for processes in (3, 4):
+        monkeypatch.setattr("data.settings.rank_and_world", lambda: (0, processes))
+        needs_more = processes == 4 and metric in ("grad", "synflow")
+        message = r"--score-examples 7: too few batches \(3\) for 4 processes"
+        with pytest.raises(data.InputError, match=message) if needs_more else contextlib.nullcontext():
+            data.check_fit(args, model.config, speft.linear_layers(model), lambda name: True)
 
 
 def test_no_memory_left_is_reported(made, tmp_path, monkeypatch, capsys):
