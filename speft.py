@@ -197,15 +197,15 @@ def synflow(model, weights, batches, loss_fn):
     inputs = ones if example.is_floating_point() else example[..., :1]  # token ids: one position
     inputs = ((), {next(iter(batches[0])): inputs}) if hasattr(batches[0], "keys") else (inputs, {})
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    positive = {t: t.detach().double() for t in tensors.values() if t.is_floating_point()}
-    positive |= {t: size.abs() for t, size in positive.items() if t.dim() > 1}  # a norm's gain may be 1 + t
-    scored = [positive[w].requires_grad_() for w in weights.values()]
+    stand_ins = {t: t.detach().double() for t in tensors.values() if t.is_floating_point()}
+    stand_ins |= {t: s.abs() for t, s in stand_ins.items() if t.dim() > 1}  # a norm's gain may be 1 + t
+    scored = [stand_ins[w].requires_grad_() for w in weights.values()]
     for w in scored:
         w.is_weight = True
-    stand_ins = {name: positive[t] for name, t in tensors.items() if t in positive}
-    stand_ins |= {name: 0 * t for name, t in stand_ins.items() if "bias" in name.rpartition(".")[2]}
+    named = {name: stand_ins[t] for name, t in tensors.items() if t in stand_ins}
+    named |= {name: 0 * s for name, s in named.items() if "bias" in name.rpartition(".")[2]}
     with _Linearised():
-        output = _tensors(torch.func.functional_call(model, stand_ins, *inputs))[0]
+        output = _tensors(torch.func.functional_call(model, named, *inputs))[0]
     gradients = torch.autograd.grad(output.sum(), scored, materialize_grads=True) if _signals(output) else []
     if not any(g.any() for g in gradients) or any((g < 0).any() for g in gradients):
         raise ValueError("SynFlow: the model subtracts, or its input or no scored weight reaches its output")
@@ -222,7 +222,7 @@ class _Linearised(torch.overrides.TorchFunctionMode):
     ACTIVATIONS = set("relu6 elu celu selu gelu silu mish tanh sigmoid softplus softsign hardtanh hardswish "
                       "hardsigmoid logsigmoid pow square to float type".split())  # fmt: skip
     GAINS = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 3}  # function: its argument
-    OTHERS = dict.fromkeys("add radd iadd sub rsub isub".split(), torch.zeros_like)
+    OTHERS = dict.fromkeys("add radd iadd sub rsub isub".split(), torch.zeros_like)  # what is no signal counts
     OTHERS |= dict.fromkeys("mul rmul imul multiply matmul".split(), lambda t: (1.0 * t).abs().double())
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
