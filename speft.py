@@ -222,7 +222,7 @@ class _Linearised(torch.overrides.TorchFunctionMode):
     ACTIVATIONS = set("relu6 elu celu selu gelu silu mish tanh sigmoid softplus softsign hardtanh hardswish "
                       "hardsigmoid logsigmoid pow square to float type".split())  # fmt: skip
     GAINS = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 3}  # function: its argument
-    OTHERS = dict.fromkeys("add radd iadd sub rsub isub".split(), torch.zeros_like)  # what is no signal counts
+    OTHERS = dict.fromkeys("add radd iadd sub rsub isub".split(), torch.zeros_like)  # for what is no signal
     OTHERS |= dict.fromkeys("mul rmul imul multiply matmul".split(), lambda t: (1.0 * t).abs().double())
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
