@@ -194,7 +194,7 @@ def synflow(model, weights, batches, loss_fn):
     _count_samples(batches, weights)
     example = _tensors(batches)[0][:1]
     ones = torch.ones_like(example, dtype=torch.float64, requires_grad=True)
-    inputs = ones if example.is_floating_point() else example[..., :1]  # token ids: one position
+    inputs = example[..., :1] if example.dtype in (torch.int32, torch.int64) else ones  # of token ids one
     inputs = ((), {next(iter(batches[0])): inputs}) if hasattr(batches[0], "keys") else (inputs, {})
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     stand_ins = {t: t.detach().double() for t in tensors.values() if t.is_floating_point()}

@@ -277,6 +277,16 @@ def test_a_scored_weight_is_followed_through_whatever_is_made_of_it():
     assert_close(synflow(model, (torch.randn(2, 3),)), flow(model, p, (out @ back).sum()))
 
 
+@pytest.mark.parametrize("dtype", (torch.uint8, torch.bool, torch.float16))
+def test_pixels_are_no_token_ids(dtype):
+    torch.manual_seed(0)
+    chain = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    expected, _ = chain_flow(chain)
+    chain.forward = lambda pixels: nn.Sequential.forward(chain, pixels.float() / 4)
+    scores = synflow(chain, (torch.ones(2, 5, 3).to(dtype),))
+    assert_close(scores, {name: 5 / 4 * score for name, score in expected.items()})
+
+
 class Placed(nn.Module):
     """Token embeddings and, through a linear layer of its own, a table of positions."""
 
