@@ -22,7 +22,6 @@ from torch.utils import _pytree as pytree
 
 def salience(model, metric, batches, loss_fn, layers=None):
     """Score every weight of the chosen linear layers (paper, section 3); the model is left as it was found.
-
     metric: a key of METRICS. batches: tuples or dicts of tensors (B, ...), the model's input first.
     loss_fn(model, batch): the samples' losses (B,) or their mean. layers: a predicate on module names.
     Returns {module name: score of the weight's shape}. In a process group every process brings batches of its
@@ -35,7 +34,8 @@ def salience(model, metric, batches, loss_fn, layers=None):
         raise ValueError(f"`layers` matches no nn.Linear with a weight of its own; the model is of {kinds}")
     with _left_as_found(model):
         weights = {name: module.weight.requires_grad_() for name, module in modules.items()}
-        scores = METRICS[metric](model, weights, [] if batches is None else list(batches), loss_fn)
+        batches = [batch for batch in (() if batches is None else batches) if _tensors(batch)]
+        scores = METRICS[metric](model, weights, batches, loss_fn)
     for name, weight in weights.items():
         if name not in scores or scores[name].shape != weight.shape or not scores[name].isfinite().all():
             raise ValueError(f"metric {metric!r}: layer {name!r} has no finite score of its weight's shape")
@@ -51,8 +51,8 @@ def linear_layers(model, layers=None):
     used = collections.Counter(p.data_ptr() for m in model.modules() for p in m.parameters(recurse=False))
     chosen = {}
     for name, module in model.named_modules():
-        linear = type(module) is nn.Linear or isinstance(module, SparseLinear)
-        weight = module._parameters.get("weight") if linear and "forward" not in vars(module) else None
+        fits = type(module) is nn.Linear and "forward" not in vars(module) or isinstance(module, SparseLinear)
+        weight = module._parameters.get("weight") if fits else None  # a computed one is no parameter
         fits = weight is not None and weight.numel() and weight.is_floating_point() and weight.itemsize > 1
         name = ".".join(part for part in name.split(".") if part != "_orig_mod")
         if fits and used[weight.data_ptr()] == 1 and (layers is None or layers(name)):
@@ -77,7 +77,7 @@ def _left_as_found(model):
             # A reentrant checkpoint warns so where it drops all gradients: its layers would score zero.
             warnings.filterwarnings("error", "None of the inputs have requires_grad")
             yield
-    except UserWarning as warning:
+    except Warning as warning:
         raise ValueError(f"stopped by a warning: {warning} (checkpoints: use_reentrant=False)") from warning
     finally:
         model.zero_grad()
@@ -94,9 +94,9 @@ def _left_as_found(model):
 def _plain(value):
     """A batch or an output with libraries' own mappings and dataclasses as dicts."""
     value = vars(value) if hasattr(value, "__dataclass_fields__") else value
-    if isinstance(value, collections.abc.Mapping):
-        return {key: _plain(part) for key, part in value.items()}
-    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+    value = dict(value) if isinstance(value, collections.abc.Mapping) else value
+    deeper = lambda part: part if part is value else _plain(part)  # noqa: E731
+    return pytree.tree_map(deeper, value, is_leaf=lambda part: part is not value)
 
 def _tensors(value):
     return [leaf for leaf in pytree.tree_leaves(_plain(value)) if isinstance(leaf, torch.Tensor)]
@@ -104,12 +104,9 @@ def _tensors(value):
 def _signals(value):
     return [t for t in _tensors(value) if t.requires_grad and not hasattr(t, "is_weight")]
 
-def _size(batch):
-    return len(_tensors(batch)[0]) if _tensors(batch) else 0
-
 def _count_samples(batches, weights):
     """How many samples the batches of all processes hold; every process has to have some."""
-    here = sum(map(_size, batches))
+    here = sum(len(_tensors(batch)[0]) for batch in batches)
     counts = torch.tensor([here, here == 0], device=next(iter(weights.values())).device)
     count, empty = sum_over_processes(counts).tolist()
     if empty:
@@ -132,7 +129,7 @@ def mean_gradient(model, weights, batches, loss_fn, power=1):
         w.grad = torch.zeros(w.shape, dtype=w.grad_dtype, device=w.device)  # to which backward passes add
         total[name] = w.grad if power == 1 else torch.zeros_like(w.grad)
     for batch in batches:
-        loss, size = loss_fn(model, batch), _size(batch)
+        loss, size = loss_fn(model, batch), len(_tensors(batch)[0])
         if loss.shape not in ((), (size,)):
             raise ValueError(f"loss_fn: shape {tuple(loss.shape)} is not that of {size} losses or their mean")
         (loss.sum() if loss.dim() else loss * size).backward()
@@ -183,10 +180,10 @@ def grasp(model, weights, batches, loss_fn):
 
 def fisher(model, weights, batches, loss_fn):
     """E[g_n²], the mean over samples n of that sample's squared gradient: by definition, one by one."""
-    if any(t.shape[:1] != (_size(batch),) for batch in batches for t in _tensors(batch)):
+    if any(t.shape[:1] != _tensors(batch)[0].shape[:1] for batch in batches for t in _tensors(batch)):
         raise ValueError("fisher takes batches apart: all tensors of one have to hold as many samples")
     samples = [pytree.tree_map_only(torch.Tensor, lambda part: part[n : n + 1], _plain(batch))
-               for batch in batches for n in range(_size(batch))]  # fmt: skip
+               for batch in batches for n in range(len(_tensors(batch)[0]))]  # fmt: skip
     return mean_gradient(model, weights, samples, loss_fn, power=2)
 
 def synflow(model, weights, batches, loss_fn):
@@ -196,34 +193,37 @@ def synflow(model, weights, batches, loss_fn):
     ones = torch.ones_like(example, dtype=torch.float64, requires_grad=True)
     inputs = example[..., :1] if example.dtype in (torch.int32, torch.int64) else ones  # of token ids one
     inputs = ((), {next(iter(batches[0])): inputs}) if hasattr(batches[0], "keys") else (inputs, {})
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    stand_ins = {t: t.detach().double() for t in tensors.values() if t.is_floating_point()}
-    stand_ins |= {t: s.abs() for t, s in stand_ins.items() if t.dim() > 1}  # a norm's gain may be 1 + t
-    scored = [stand_ins[w].requires_grad_() for w in weights.values()]
+    tensors = {f"{path}.{name}".lstrip("."): getattr(module, name) for path, module in model.named_modules()
+               for name in (*module._parameters, *module._buffers)}  # fmt: skip
+    doubles = {t: t.detach().double() for t in tensors.values() if t is not None and t.is_floating_point()}
+    scored = [doubles[w].requires_grad_() for w in weights.values()]
     for w in scored:
         w.is_weight = True
-    named = {name: stand_ins[t] for name, t in tensors.items() if t in stand_ins}
-    named |= {name: 0 * s for name, s in named.items() if "bias" in name.rpartition(".")[2]}
+    named = {name: doubles[t] for name, t in tensors.items() if t in doubles}
     with _Linearised():
-        output = _tensors(torch.func.functional_call(model, named, *inputs))[0]
+        output = _tensors(torch.func.functional_call(model, named, *inputs, tie_weights=False))[0]
     gradients = torch.autograd.grad(output.sum(), scored, materialize_grads=True) if _signals(output) else []
-    if not any(g.any() for g in gradients) or any((g < 0).any() for g in gradients):
+    scores = {name: g * w.detach() for name, w, g in zip(weights, scored, gradients)}
+    if not any(s.any() for s in scores.values()) or any((s < 0).any() for s in scores.values()):
         raise ValueError("SynFlow: the model subtracts, or its input or no scored weight reaches its output")
-    return {name: g * w.detach() for name, w, g in zip(weights, scored, gradients)}
+    return scores
 
 
 class _Linearised(torch.overrides.TorchFunctionMode):
-    """A network of positive weights as SynFlow sees it: without biases, without non-linearity.
+    """The network as SynFlow sees it: absolute weights, no biases, no non-linearity.
     The signal is what requires a gradient and is no weight. Activations pass it on, and attention, to all
-    positions alike; embeddings look up ones; a norm is its gain; what is added to a signal is a bias. Two
-    signals' product (a gated MLP) is their geometric mean: a plain one would square them in every block.
-    All else has to be linear: tried on twice the signal."""
+    positions alike; embeddings look up ones; a norm is its gain. What it is multiplied with counts by its
+    size, what is added to it not at all; two signals' product (a gated MLP) is their geometric mean, as a
+    plain one would square them in every block. All else has to be linear: tried on twice the signal."""
 
     ACTIVATIONS = set("relu6 elu celu selu gelu silu mish tanh sigmoid softplus softsign hardtanh hardswish "
-                      "hardsigmoid logsigmoid pow square to float type".split())  # fmt: skip
+                      "hardsigmoid log_sigmoid pow square to float type".split())  # fmt: skip
     GAINS = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 3}  # function: its argument
     OTHERS = dict.fromkeys("add radd iadd sub rsub isub".split(), torch.zeros_like)  # for what is no signal
-    OTHERS |= dict.fromkeys("mul rmul imul multiply matmul".split(), lambda t: (1.0 * t).abs().double())
+    OTHERS |= dict.fromkeys("mul rmul imul multiply div truediv matmul mm bmm mv einsum".split(),
+                            lambda t: (1.0 * t).abs().double())  # fmt: skip
+    OTHERS |= dict.fromkeys("linear conv1d conv2d conv3d addmm multi_head_attention_forward".split(),
+                            lambda t: t.abs().nan_to_num(posinf=0) if t.dim() > 1 else 0 * t)  # fmt: skip
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.__name__.strip("_"), kwargs or {}  # add_, __add__: add
@@ -239,7 +239,7 @@ class _Linearised(torch.overrides.TorchFunctionMode):
         x = signals[0]
         if name == "rsqrt" or name == "pow" and given(1, "exponent") < 0:  # of a norm written by hand
             return torch.ones_like(x)
-        if name in self.ACTIVATIONS:
+        if name in self.ACTIVATIONS and (not args or args[0] is x):
             return x
         if name in self.GAINS:
             gain, spread = given(self.GAINS[name], "weight"), name in ("group_norm", "batch_norm")
@@ -304,11 +304,10 @@ def _top(scores, count):
 
 class SparseLinear(nn.Linear):
     """A linear layer whose weight (out, in) is frozen but for k entries, corrected by the vector `delta`.
-
-    delta (k,): the trainable correction, float32 whatever the weight's type. known (m,): sorted flat places
-    of all entries that a mask has trained; original (m,): their values in the base. From the second mask on,
-    carried (m,) is what earlier ones learned, and place (k,) where the mask stands in `known`. An entry of
-    the weight is original + (carried + delta), written whenever it is read: nothing else may write it."""
+    delta (k,): the trainable correction, float32. known (m,): sorted flat places of all entries that a mask
+    has trained; original (m,): their values in the base. From the second mask on, carried (m,) is what the
+    earlier ones learned, and place (k,) where the mask stands in `known`. An entry of the weight is
+    original + (carried + delta), written whenever it is read: nothing else may write it."""
 
     BUFFERS = ("known", "original", "carried", "place")
 

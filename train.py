@@ -136,10 +136,7 @@ def run(args, adapt, log):
         return finished
     data.show(f"{args.model}: {total:,} weights; {len(train):,} examples {train.note}")
 
-    if args.method == "none" and args.prompt:
-        report.samples(model, "before")
-    else:
-        result |= report(model, "before", ["val", "source"] + ["test"] * (args.method == "none"))
+    result |= report(model, "before", ["val", "source"] + ["test"] * (args.method == "none"))
     if args.method != "none":
         params = list(speft.merge(model).requires_grad_().parameters()) if args.method == "full" else None
         if adapt is not None:

@@ -81,7 +81,7 @@ def check_folder(flag, folder):
 
 
 def check_model_folder(flag, folder, source):
-    """Make sure that a model may be written to `folder`: in place of no other but one of an earlier run.
+    """Make sure that a model may be written to `folder`: not where the run starts, nor beside others' parts.
 
     source: the model that the run starts from, as `find` reads it.
     """

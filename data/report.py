@@ -29,6 +29,7 @@ class Report:
         self.held_out = {name: split.spread(count, self.batch_size) for name, split in splits.items()}
         self.questions = test.questions(count)
         self.prompts = test.beginnings(SAMPLES)
+        self.is_asked = settings.method == "none" and bool(settings.prompt)
         if settings.prompt:
             self.prompts = [format_prompt(settings.prompt, tokenizer, like=test)]
 
@@ -59,8 +60,8 @@ class Report:
             show(f"sample {when}: {self.tokenizer.decode(prompt + completion)!r}")
 
     def __call__(self, model, when, names):
-        """All of the above; returns what goes into result.json."""
-        found = self.losses(model, when, names) | self.accuracy(model, when)
+        """All of the above, or the samples alone where one only asks; returns what goes into result.json."""
+        found = {} if self.is_asked else self.losses(model, when, names) | self.accuracy(model, when)
         self.samples(model, when)
         return found
 

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import re
+from pathlib import Path
 
 import torch
 
@@ -68,6 +69,7 @@ FLAGS = {  # name: (default, the values allowed, help)
     "merge": ("", None, "folder for the whole model; --method full: in float16, by default in --out"),
     "checkpoint-every": (40, not_negative, "steps between checkpoints in --out; 0: none"),
 }
+NEED_DATA = ("grad", "snip", "force", "taylor", "synflow", "grasp", "fisher")
 # What --resume may change: the same is trained, however the examples of a step are divided.
 MAY_CHANGE = {"prompt", "out", "merge", "checkpoint_every", "batch_size", "accumulate", "resume"}
 
@@ -118,7 +120,7 @@ def check_fit(args, config, layers, chosen):
     if args.method == "full" and args.layers:
         raise InputError(f"--layers {args.layers}: chooses layers to mask, but --method full has no mask")
     batches, world = math.ceil(args.score_examples / args.batch_size), rank_and_world()[1]
-    if args.method == "sparse" and args.metric not in ("random", "magnitude") and batches < world:
+    if args.method == "sparse" and args.metric in NEED_DATA and batches < world and not args.resume:
         few = f"too few batches ({batches}) for {world} processes"
         raise InputError(f"--score-examples {args.score_examples}: {few}")
     weights = [layer.weight.numel() for name, layer in layers.items() if chosen(name)]
@@ -132,6 +134,7 @@ def check_fit(args, config, layers, chosen):
 
 
 def _check_folders(args):
+    """Folders that can be written, in which nothing that the run starts from is lost."""
     for flag in ("merge",) if args.method == "none" else ("out", "merge"):  # an evaluation leaves no files
         if vars(args)[flag]:
             check_folder(flag, vars(args)[flag])
@@ -139,3 +142,5 @@ def _check_folders(args):
         check_model_folder("merge", args.merge, args.model)
     elif args.method == "full":
         check_model_folder("out", args.out, args.model)
+    if args.method == "sparse" and Path(args.adapter).resolve() == Path(args.out, "adapter.pt").resolve():
+        raise InputError(f"--out {args.out}: the adapter to start from is there, and would be lost")

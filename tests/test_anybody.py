@@ -24,7 +24,9 @@ from helpers import (
     assert_same_tensors, corrected, mlp, outputs, perturb, probe, random_index, random_masks, random_mlp,
     sample_losses, same_bits, scramble, train_steps, trained_mlp)  # fmt: skip
 from oracles import assert_close
-from speft import adapter, linear_layers, load_adapter, merge, remask, salience, select, sparsify
+from speft import (
+    SparseLinear, adapter, linear_layers, load_adapter, merge, remask, salience, select,
+    sparsify)  # fmt: skip
 
 def fails(match, model, metric, batches, **settings):
     with pytest.raises(ValueError, match=match):
@@ -215,6 +217,14 @@ def patched(layer):
     """As accelerate's hooks do: what the layer computes is no longer what its type says."""
     layer.forward = functools.partial(nn.Linear.forward, layer)
     return layer
+
+
+def test_a_sparse_layer_that_is_patched_stays_one():
+    model, deltas = trained_mlp(steps=2)
+    want = adapter(model)
+    patched(model[0])
+    assert_same_adapters(adapter(model), want)
+    assert not any(isinstance(layer, SparseLinear) for layer in merge(model))
 
 
 UNFIT = {

@@ -135,6 +135,7 @@ class ByHand(nn.Module):
         self.gain = nn.Parameter(torch.randn(size))
         self.between = between
         self.register_buffer("position", torch.randn(5, size))
+        self.register_buffer("bias", torch.ones(1, 6, 6).tril())
 
     def forward(self, x):
         return self.fc2(self.between(self, self.fc1(x)))
@@ -159,12 +160,19 @@ def by_root_mean_square(x):
     return x * (x**2).mean(-1, True).rsqrt()
 
 
+def nano(m, x):
+    """As in nanoGPT: the mask is called a bias, and is none."""
+    scores = (x @ x.transpose(-2, -1)) * 0.5
+    return F.softmax(scores.masked_fill(m.bias[:, :5, :5] == 0, float("-inf")), dim=-1) @ x
+
+
 PLAIN = {  # what passes the signal on as it is, or for its gain
     "position": lambda m, x: x + m.position,
     "position first": lambda m, x: m.position + x,
     "minus a constant": lambda m, x: x - m.position,
     "in place": lambda m, x: x.add_(m.position).relu_(),
     "attention": attend,
+    "attention as in nanoGPT": nano,
     "in parts": write_to_zeros,
     "an added bias": lambda m, x: x + m.gain,
 }
@@ -226,10 +234,17 @@ SQUARE = {  # a product with a matrix
     "transposed": lambda m, x: F.linear(x, m.square.T, m.shift_bias),
     "einsum": lambda m, x: torch.einsum("btc,cd->btd", x, m.square),
     "of a buffer": lambda m, x: x @ m.constant,
+    "of its positive part": lambda m, x: F.linear(x, (F.relu(m.square) + F.relu(-m.square)).T),
+    "of a sum": lambda m, x: x @ (m.square - 2 * m.square),
+    "with a bias of another name": lambda m, x: F.linear(x, m.square.T, m.gain),
     "in pieces": lambda m, x: torch.cat([x @ part for part in m.square.chunk(2, 1)], -1),
 }
 ONE_MORE_GAIN = {
     "a row": lambda m, x: x * m.gain[None],
+    "one more than a matrix": lambda m, x: x * (1 + (m.gain - 1).expand(5, 4)),
+    "its inverse's inverse": lambda m, x: x / (1 / m.gain),
+    "einsum of a gain": lambda m, x: torch.einsum("btc,c->btc", x, m.gain),
+    "by the signal's type": lambda m, x: x * m.gain.to(x) + m.position.to(x),
     "layer norm by keyword": lambda m, x: F.layer_norm(
         x, bias=m.shift_bias, weight=m.gain, normalized_shape=(4,)
     ),

@@ -261,11 +261,13 @@ class Pair:
     y: torch.Tensor
 
 
+Named = collections.namedtuple("Named", "x y")
 NESTED = {  # a batch -> the same in other containers
     "a tuple in a list": lambda x, y: [(x, y)],
     "a dict in a tuple": lambda x, y: ({"x": x}, {"y": y}),
     "a library's mapping in a tuple": lambda x, y: (collections.UserDict(x=x), "name", y),
     "a library's mapping in its own": lambda x, y: collections.UserDict(a=collections.UserDict(x=x, y=[y])),
+    "a library's mapping in a named tuple": lambda x, y: Named(collections.UserDict(x=x), y),
     "a dataclass in a list": lambda x, y: [None, Pair(x, y)],
 }
 

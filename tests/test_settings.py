@@ -94,6 +94,20 @@ def test_what_cannot_work_ends_with_one_line(made, tmp_path, capsys, flags):
     assert not out.exists() or os.listdir(out) == []
 
 
+def test_the_adapter_to_start_from_is_not_replaced(made, tmp_path, capsys):
+    tiny, pairs = made
+    train.main(argv(tiny, tmp_path / "out", "--data", pairs, "--steps", 1))
+    first = (tmp_path / "out" / "adapter.pt").read_bytes()
+    more = ["--data", pairs, "--steps", 1, "--adapter", tmp_path / "other" / ".." / "out" / "adapter.pt"]
+    (tmp_path / "other").mkdir()
+    with pytest.raises(SystemExit):
+        train.main(argv(tiny, tmp_path / "out", *more))
+    assert "out: the adapter to start from is there, and would be lost\n" in capsys.readouterr().err
+    train.main(argv(tiny, tmp_path / "out", *more, "--method", "none"))
+    train.main(argv(tiny, tmp_path / "other", *more))
+    assert (tmp_path / "out" / "adapter.pt").read_bytes() == first
+
+
 @pytest.mark.parametrize("metric", ("grad", "synflow", "random", "magnitude"))
 def test_every_process_needs_a_batch_to_score(made, tmp_path, monkeypatch, metric):
     tiny, pairs = made
@@ -101,10 +115,13 @@ def test_every_process_needs_a_batch_to_score(made, tmp_path, monkeypatch, metri
     args, model = data.parse_args(argv(tiny, tmp_path, *flags), speft.METRICS), data.load_model(tiny)
     for processes in (3, 4):
         monkeypatch.setattr("data.settings.rank_and_world", lambda: (0, processes))
+        args.resume = False
         needs_more = processes == 4 and metric in ("grad", "synflow")
         message = r"--score-examples 7: too few batches \(3\) for 4 processes"
         with pytest.raises(data.InputError, match=message) if needs_more else contextlib.nullcontext():
             data.check_fit(args, model.config, speft.linear_layers(model), lambda name: True)
+        args.resume = True  # the mask may be there already
+        data.check_fit(args, model.config, speft.linear_layers(model), lambda name: True)
 
 
 def test_no_memory_left_is_reported(made, tmp_path, monkeypatch, capsys):

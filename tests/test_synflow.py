@@ -8,10 +8,12 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from helpers import GPT_STYLES, assert_same_tensors, random_gpt, random_mlp, scramble, weights_of
+from helpers import (
+    GPT_STYLES, assert_as_found, assert_same_tensors, random_gpt, random_mlp, scramble, snapshot,
+    weights_of)  # fmt: skip
 from model import GPT, GPTConfig
 from oracles import assert_close, chain_flow, gpt_flow, join
-from speft import salience
+from speft import merge, salience, select, sparsify
 
 
 def synflow(model, *batch, **settings):
@@ -144,6 +146,46 @@ def test_synflow_with_a_dead_gate_is_synflow_without_those_units():
         rows, columns = expected[name].shape
         torch.testing.assert_close(score[:rows, :columns], expected[name], msg=name)
         assert not score[rows:].any() and not score[:, columns:].any(), name
+
+
+class Aliased(nn.Module):
+    """A layer and a norm that the module knows by two names, and two layers that share their weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 4)
+        )
+        self.first, self.norm = self.layers[0], self.layers[1]
+        self.layers[4].weight = self.layers[3].weight
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_synflow_leaves_modules_of_two_names_as_they_were(dtype):
+    torch.manual_seed(0)
+    model = scramble(Aliased()).to(dtype).eval()
+    chain, x = copy.deepcopy(model.layers), torch.randn(2, 4, dtype=dtype)
+    before, said = snapshot(model), model(x)
+    (score,) = synflow(model, x).values()
+    assert_as_found(model, before, draws=1)
+    assert torch.equal(model(x), said)
+    assert_close({"0": score}, {"0": chain_flow(chain)[0]["0"]})
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_synflow_reads_sparse_layers_as_they_stand_also_those_that_it_does_not_score(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3)).to(dtype)
+    x = torch.randn(2, 4, dtype=dtype)
+    for delta in sparsify(model, select(salience(model, "magnitude", [], None), 0.3, "global")):
+        delta.data += 1.0  # which no one has read yet
+    scores = synflow(model, x, layers=lambda name: name == "2")
+    plain = merge(copy.deepcopy(model))
+    assert_same_tensors(scores, synflow(plain, x, layers=lambda name: name == "2"))
+    assert_close(scores, {"2": chain_flow(plain)[0]["2"]})
 
 
 class Gains(nn.Module):
