@@ -118,7 +118,7 @@ def accuracy(axes):
         axes.errorbar(forgotten, 100 * right, 100 * (error or 0), spread or 0, marker="o", label=name_of(row))
     axes.set(xlabel="forgetting, nats a token", ylabel="accuracy on 2,000 test examples, %")
     axes.set_title("SmolLM2 on sentiment, 0.5% trained, each at its best rate")
-    axes.legend()
+    axes.legend(loc="lower left")
 
 
 def draw_long_runs():

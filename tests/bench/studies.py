@@ -40,7 +40,7 @@ START |= {"grad by momentum": "3e-1", "random by momentum": "3e0", "magnitude by
 START |= {"grad moved entries by momentum": "1e0"}
 START |= {"grad, a moment a layer": "1e-2", "random, a moment a layer": "3e-2"}
 START |= {"prose": "1e-2", "smollm2": "3e-3", "sentiment": "3e-3"}
-START |= {("sentiment", name): "1e-2" for name in ("random", "magnitude", "random block")}
+START |= {("sentiment", name): "1e-2" for name in ("random", "magnitude", "random block", "heavy block")}
 START |= {("sentiment", "lora"): "3e-3", ("sentiment", "full"): "1e-4", ("sentiment", "grad"): "1e-3"}
 
 
@@ -145,6 +145,7 @@ STUDIES = {
         tuned=unique(
             [setting("lora", HALF), sparse("random", density=HALF), sparse("grad", density=HALF)]
             + [setting("full", None), setting("random block", HALF), setting("pissa", HALF)]
+            + [setting("heavy block", HALF)]
             + [sparse(metric, density=HALF) for metric in METRICS]
             + [sparse(metric, "local", density=HALF) for metric in METRICS]
             + [sparse("grad", scope, "dynamic", HALF) for scope in ("global", "local")]
