@@ -95,8 +95,7 @@ def _plain(value):
     """A batch or an output with libraries' own mappings and dataclasses as dicts."""
     value = vars(value) if hasattr(value, "__dataclass_fields__") else value
     value = dict(value) if isinstance(value, collections.abc.Mapping) else value
-    deeper = lambda part: part if part is value else _plain(part)  # noqa: E731
-    return pytree.tree_map(deeper, value, is_leaf=lambda part: part is not value)
+    return pytree.tree_map(lambda part: part if part is value else _plain(part), value)
 
 def _tensors(value):
     return [leaf for leaf in pytree.tree_leaves(_plain(value)) if isinstance(leaf, torch.Tensor)]

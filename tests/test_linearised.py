@@ -160,6 +160,11 @@ def by_root_mean_square(x):
     return x * (x**2).mean(-1, True).rsqrt()
 
 
+def attend_by_keyword(m, x):
+    weights = F.softmax(input=torch.matmul(input=x, other=x.transpose(-2, -1)), dim=-1)
+    return torch.matmul(other=x, input=weights)
+
+
 def nano(m, x):
     """As in nanoGPT: the mask is called a bias, and is none."""
     scores = (x @ x.transpose(-2, -1)) * 0.5
@@ -173,6 +178,7 @@ PLAIN = {  # what passes the signal on as it is, or for its gain
     "in place": lambda m, x: x.add_(m.position).relu_(),
     "attention": attend,
     "attention as in nanoGPT": nano,
+    "attention by keyword": attend_by_keyword,
     "in parts": write_to_zeros,
     "an added bias": lambda m, x: x + m.gain,
 }
