@@ -199,6 +199,7 @@ def synflow(model, weights, batches, loss_fn):
     for w in scored:
         w.is_weight = True
     named = {name: doubles[t] for name, t in tensors.items() if t in doubles}
+    # Every module's own places are named, tied ones too, but each module once: so all of them are put back.
     with _Linearised():
         output = _tensors(torch.func.functional_call(model, named, *inputs, tie_weights=False))[0]
     gradients = torch.autograd.grad(output.sum(), scored, materialize_grads=True) if _signals(output) else []
@@ -221,6 +222,7 @@ class _Linearised(torch.overrides.TorchFunctionMode):
     OTHERS = dict.fromkeys("add radd iadd sub rsub isub".split(), torch.zeros_like)  # for what is no signal
     OTHERS |= dict.fromkeys("mul rmul imul multiply div truediv matmul mm bmm mv einsum".split(),
                             lambda t: (1.0 * t).abs().double())  # fmt: skip
+    # A layer's vectors are biases; what is infinite is an attention's mask.
     OTHERS |= dict.fromkeys("linear conv1d conv2d conv3d addmm multi_head_attention_forward".split(),
                             lambda t: t.abs().nan_to_num(posinf=0) if t.dim() > 1 else 0 * t)  # fmt: skip
 

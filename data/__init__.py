@@ -14,6 +14,6 @@ from data.runs import (
     write_progress,
     write_result,
 )
-from data.settings import FLAGS, MAY_CHANGE, check_fit, parse_args
+from data.settings import FLAGS, check_fit, parse_args
 from data.tasks import accuracy, answer, format_prompt, in_words, stop_tokens
 from data.tokenizer import end_token, load_tokenizer, write_tokenizer

@@ -69,6 +69,7 @@ FLAGS = {  # name: (default, the values allowed, help)
     "merge": ("", None, "folder for the whole model; --method full: in float16, by default in --out"),
     "checkpoint-every": (40, not_negative, "steps between checkpoints in --out; 0: none"),
 }
+# Metrics that need a batch in every process, as far as is known before scoring.
 NEED_DATA = ("grad", "snip", "force", "taylor", "synflow", "grasp", "fisher")
 # What --resume may change: the same is trained, however the examples of a step are divided.
 MAY_CHANGE = {"prompt", "out", "merge", "checkpoint_every", "batch_size", "accumulate", "resume"}
