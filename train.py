@@ -51,7 +51,7 @@ def sum_gradients(params, loss):
     if data.rank_and_world()[1] == 1:
         return loss
     gradients = [parameter.grad for parameter in params]
-    last = gradients[0].new_tensor([loss], dtype=torch.float32)  # so that narrower gradients are summed so, too
+    last = gradients[0].new_tensor([loss], dtype=torch.float32)  # narrower gradients are summed so, too
     flat = speft.sum_over_processes(torch.cat([gradient.flatten() for gradient in gradients] + [last]))
     for gradient, summed in zip(gradients, flat[:-1].split([gradient.numel() for gradient in gradients])):
         gradient.copy_(summed.view_as(gradient))
