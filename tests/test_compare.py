@@ -22,20 +22,21 @@ class Study:
     """Cells whose validation loss is `loss(rate, seed)`, or that of their method; and those that were run."""
 
     def __init__(self, monkeypatch, folder, loss):
-        self.ran, self.best, self.loss = [], [], loss
+        self.ran, self.best, self.before, self.loss = [], [], [], loss
         (folder / "data" / "results").mkdir(parents=True, exist_ok=True)
         monkeypatch.setattr(compare, "ROOT", folder)
         monkeypatch.setattr(compare, "run_cell", self.run)
 
-    def run(self, study, cell, best):
+    def run(self, study, cell, best, before):
         self.ran.append(cell)
         self.best.append(best)
+        self.before.append(before)
         rate = float(cell["lr"])
         of_method = self.loss[cell["method"]] if isinstance(self.loss, dict) else self.loss
         loss = of_method(rate, cell["seed"])
         if loss is None:
             return cell | {"lr": rate, "failed": "not finite"}
-        measured = dict.fromkeys(("source_before", "step_seconds", "score_seconds"), 1.0)
+        measured = dict.fromkeys(("val_before", "source_before", "step_seconds", "score_seconds"), 1.0)
         losses = {"val_after": loss, "test_after": loss + 1, "source_after": loss + 3}
         return cell | losses | measured | {"lr": rate, "trained": 7, "peak_memory_bytes": 1e9}
 
@@ -68,6 +69,7 @@ def test_an_interrupted_study_goes_on_and_its_table_counts_seeds(tmp_path, monke
         ("1e-2", 0), ("3e-2", 0), ("3e-3", 0), ("1e-2", 1), ("1e-2", 2)
     ]  # fmt: skip
     assert study.best == [math.inf, 0.0, 0.0, math.inf, math.inf]  # of the setting and the seed, until then
+    assert study.before == [None] + [{"val_before": 1.0, "source_before": 1.0}] * 4
     (summary,) = summaries.summaries(compare.Results("prose"))
     error = statistics.stdev((1.0, 1.1, 1.2)) / 3**0.5
     assert summary["seeds"] == 3 and summary["lr"] == 0.01
@@ -176,7 +178,11 @@ def test_a_cell_has_its_own_optimizer_and_measures_the_trained_model(monkeypatch
     row = compare.run_here("tiny", studies.setting("lora") | {"seed": 1, "lr": "1e0"})
     behind = compare.run_here("tiny", studies.setting("lora") | {"seed": 1, "lr": "1e0"}, best=0.1)
     assert "answers" not in behind and behind["val_after"] == row["val_after"]
-    del made[1]
+    known = {"val_before": 7.0}
+    spared = compare.run_here("tiny", studies.setting("lora") | {"seed": 1, "lr": "1e0"}, before=known)
+    assert spared["val_before"] == 7.0 and "source_before" not in spared
+    assert spared["val_after"] == row["val_after"] and spared["curve"] == row["curve"]
+    del made[1:]
     assert len(made) == 1 and torch.optim.AdamW is adamw
     assert row["answers"]["loss"] == row["val_after"] != row["val_before"]
     assert [step for step, _ in row["curve"]] == [1, 2] and row["curve"][-1][1] == row["val_after"]

@@ -52,12 +52,13 @@ def command(study, cell, out):
     return flags.split()
 
 
-def run_here(study, cell, best=math.inf):
+def run_here(study, cell, best=math.inf, before=None):
     """Run a cell in this process; returns its line of the results file.
 
     best: the lowest validation loss of its setting and seed so far. The study's own measure, which takes as
-    long as the training, is only taken of a model as good as that. For the time of the run what train.py
-    calls AdamW is the method's optimizer, and the model that it loads is kept, so that it can be measured.
+    long as the training, is only taken of a model as good as that. before: what is known of the untrained
+    model, which is the same in all cells. For the time of the run what train.py calls AdamW is the method's
+    optimizer, and the model that it loads is kept, so that it can be measured.
     """
     adapt = ADAPT.get(cell["method"])
     if adapt:
@@ -68,11 +69,17 @@ def run_here(study, cell, best=math.inf):
         loaded.append(load_model(*args))
         return loaded[-1]
 
+    evaluate = data.Report.__call__
+
+    def report(self, model, when, names):
+        return before if before and when == "before" else evaluate(self, model, when, names)
+
     optimizer = OPTIMIZERS.get(cell["method"], torch.optim.AdamW)
     with contextlib.ExitStack() as meanwhile:
         out = meanwhile.enter_context(tempfile.TemporaryDirectory())
         meanwhile.enter_context(mock.patch.object(torch.optim, "AdamW", optimizer))
         meanwhile.enter_context(mock.patch.object(data, "load_model", load))
+        meanwhile.enter_context(mock.patch.object(data.Report, "__call__", report))
         result = train.main(command(study, cell, out), adapt)
         log = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     result |= {name: cell[name] for name in SETTING}
@@ -87,21 +94,21 @@ def run_here(study, cell, best=math.inf):
     return result
 
 
-def child(study, cell, best, out):
+def child(study, cell, best, before, out):
     """A process of its own: leaves the line in the folder `out`, and there all that it prints."""
     with open(Path(out) / "printed", "w", buffering=1) as printed:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            row = run_here(study, cell, best)
+            row = run_here(study, cell, best, before)
     (Path(out) / "row.json").write_text(json.dumps(row))
 
 
-def run_cell(study, cell, best=math.inf):
+def run_cell(study, cell, best=math.inf, before=None):
     """Run a cell in a fresh process of one thread; a run whose loss diverges has no losses but a reason."""
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["preload"])  # forked cells read the corpora only once
     with tempfile.TemporaryDirectory() as out:
-        process = processes.Process(target=child, args=(study, cell, best, out))
+        process = processes.Process(target=child, args=(study, cell, best, before, out))
         process.start()
         process.join()
         if process.exitcode == 0:
@@ -130,13 +137,18 @@ class Results:
         """The rows with these values."""
         return [row for row in self.rows if all(row[name] == value for name, value in wanted.items())]
 
+    def before(self):
+        """What the last row says of the untrained model; None if there is none that does."""
+        last = next((row for row in reversed(self.rows) if "val_before" in row), {})
+        return {name: value for name, value in last.items() if name.endswith("_before")} or None
+
     def get(self, cell):
         found = self.find(cell | {"lr": float(cell["lr"])})
         if found:
             return found[0]
         rivals = self.find({name: value for name, value in cell.items() if name != "lr"})
         best = min((rival["val_after"] for rival in rivals if "val_after" in rival), default=math.inf)
-        row = run_cell(self.study, cell, best)
+        row = run_cell(self.study, cell, best, self.before())
         with self.lock:
             self.rows.append(row)
             with open(self.path, "a") as file:

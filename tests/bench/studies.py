@@ -41,7 +41,9 @@ START |= {"grad moved entries by momentum": "1e0"}
 START |= {"grad, a moment a layer": "1e-2", "random, a moment a layer": "3e-2"}
 START |= {"prose": "1e-2", "smollm2": "3e-3", "sentiment": "3e-3"}
 START |= {("sentiment", name): "1e-2" for name in ("random", "magnitude", "random block", "heavy block")}
-START |= {("sentiment", "lora"): "3e-3", ("sentiment", "full"): "1e-4", ("sentiment", "grad"): "1e-3"}
+START |= {("sentiment", "lora"): "3e-3", ("sentiment", "full"): "1e-4", ("sentiment", "pissa"): "1e-3"}
+START |= {("sentiment", name): "3e-4" for name in ("grad", "snip", "fisher", "grasp")}
+START |= {("sentiment", name): "1e-3" for name in ("force", "synflow")}
 
 
 def setting(method, density=0.01, metric=None, scope=None, mask=None, flags=""):
@@ -145,11 +147,12 @@ STUDIES = {
         tuned=unique(
             [setting("lora", HALF), sparse("random", density=HALF), sparse("grad", density=HALF)]
             + [setting("full", None), setting("random block", HALF), setting("pissa", HALF)]
-            + [setting("heavy block", HALF)]
-            + [sparse(metric, density=HALF) for metric in METRICS]
-            + [sparse(metric, "local", density=HALF) for metric in METRICS]
-            + [sparse("grad", scope, "dynamic", HALF) for scope in ("global", "local")]
+            + [sparse("magnitude", density=HALF)]
         ),
+        once=[sparse(metric, density=HALF) for metric in ("snip", "force", "fisher", "grasp", "synflow")]
+        + [sparse("grad", "local", density=HALF), sparse("grad", "global", "dynamic", HALF)]
+        + [sparse(metric, "local", density=HALF) for metric in METRICS if metric != "grad"]
+        + [sparse("grad", "local", "dynamic", HALF), setting("heavy block", HALF)],
         measure=sentiment.measure_test,
     ),
 }
