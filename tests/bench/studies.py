@@ -135,8 +135,8 @@ STUDIES = {
         "--score-examples 32 --refresh 20 --eval-every 1000 --eval-examples 16",
         reference=setting("lora", HALF),
         tuned=[sparse("grad", density=HALF), setting("lora", HALF), setting("full", None)]
-        + [sparse("random", density=HALF), setting("random block", HALF)],
-        once=[sparse(metric, density=HALF) for metric in ("snip", "magnitude", "force", "fisher")]
+        + [sparse("random", density=HALF), setting("random block", HALF), sparse("magnitude", density=HALF)],
+        once=[sparse(metric, density=HALF) for metric in ("snip", "force", "fisher")]
         + [sparse("grad", "local", density=HALF), sparse("grad", "global", "dynamic", density=HALF)]
         + [setting("pissa", HALF), setting("grad moved entries", HALF), setting("grad moved lines", HALF)],
     ),
