@@ -136,10 +136,11 @@ def test_a_seed_that_diverges_is_counted_and_named(tmp_path, monkeypatch, capsys
     assert "(1 seeds diverged)" in summaries.table_lines([summary])[-1]
 
 
-def test_a_single_seed_has_no_error_and_a_task_has_its_exact_match(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("called", ("accuracy_after", "exact_match_after"))
+def test_a_single_seed_has_no_error_and_a_task_has_its_exact_match(tmp_path, monkeypatch, capsys, called):
     study = Study(monkeypatch, tmp_path, lambda rate, seed: abs(rate - 3e-3))
     run = study.run
-    strict = {"exact_match_after": {"strict": 0.125}}
+    strict = {called: {"strict": 0.125}}
     monkeypatch.setattr(compare, "run_cell", lambda *cell: run(*cell) | strict)
     results = compare.Results("smollm2")
     compare.complete(results, *studies.STUDIES["smollm2"].runs()[-1])

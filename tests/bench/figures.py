@@ -112,13 +112,16 @@ def metrics(axes):
 
 
 def accuracy(axes):
-    """What each method gets right on `sentiment`, over what it forgets."""
+    """What each method gets right on `sentiment`, over what it forgets; an open circle is a single seed."""
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for row in summary_of("sentiment"):
         (right, error), (forgotten, spread) = row["accuracy"], row["forgetting"]
-        axes.errorbar(forgotten, 100 * right, 100 * (error or 0), spread or 0, marker="o", label=name_of(row))
+        bars = 100 * (error or 0), spread or 0
+        fill = "none" if row["seeds"] == 1 else "full"
+        axes.errorbar(forgotten, 100 * right, *bars, marker="o", fillstyle=fill, label=name_of(row))
     axes.set(xlabel="forgetting, nats a token", ylabel="accuracy on 2,000 test examples, %")
     axes.set_title("SmolLM2 on sentiment, 0.5% trained, each at its best rate")
-    axes.legend(loc="lower left")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def draw_long_runs():

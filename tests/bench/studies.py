@@ -147,9 +147,9 @@ STUDIES = {
         tuned=unique(
             [setting("lora", HALF), sparse("random", density=HALF), sparse("grad", density=HALF)]
             + [setting("full", None), setting("random block", HALF), setting("pissa", HALF)]
-            + [sparse("magnitude", density=HALF)]
+            + [sparse(metric, density=HALF) for metric in ("magnitude", "synflow", "force")]
         ),
-        once=[sparse(metric, density=HALF) for metric in ("snip", "force", "fisher", "grasp", "synflow")]
+        once=[sparse(metric, density=HALF) for metric in ("snip", "fisher", "grasp")]
         + [sparse("grad", "local", density=HALF), sparse("grad", "global", "dynamic", HALF)]
         + [sparse(metric, "local", density=HALF) for metric in METRICS if metric != "grad"]
         + [sparse("grad", "local", "dynamic", HALF), setting("heavy block", HALF)],

@@ -10,8 +10,9 @@ def measured(row):
     values = {name: row[name] for name in ("val_after", "test_after", "step_seconds", "score_seconds")}
     values["forgetting"] = row["source_after"] - row["source_before"]
     values["peak_memory_bytes"] = row["peak_memory_bytes"]
-    if "exact_match_after" in row:
-        values["strict"] = row["exact_match_after"]["strict"]
+    task = row.get("accuracy_after") or row.get("exact_match_after") or {}  # the earlier rows' name
+    if "strict" in task:
+        values["strict"] = task["strict"]
     if "answers" in row:
         values |= {"accuracy": row["answers"]["accuracy"], "answer_loss": row["answers"]["loss"]}
     return values
