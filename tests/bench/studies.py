@@ -144,11 +144,9 @@ STUDIES = {
         "--device cpu --model smollm2 --data out/sentiment/train.jsonl --steps 60 --batch-size 8 "
         "--seq-len 96 --score-examples 64 --refresh 20 --eval-every 1000 --eval-examples 128",
         reference=setting("lora", HALF),
-        tuned=unique(
-            [setting("lora", HALF), sparse("random", density=HALF), sparse("grad", density=HALF)]
-            + [setting("full", None), setting("random block", HALF), setting("pissa", HALF)]
-            + [sparse(metric, density=HALF) for metric in ("magnitude", "synflow", "force")]
-        ),
+        tuned=[setting("lora", HALF), sparse("random", density=HALF), sparse("grad", density=HALF)]
+        + [setting("full", None), setting("random block", HALF), setting("pissa", HALF)]
+        + [sparse(metric, density=HALF) for metric in ("magnitude", "synflow", "force")],
         once=[sparse(metric, density=HALF) for metric in ("snip", "fisher", "grasp")]
         + [sparse("grad", "local", density=HALF), sparse("grad", "global", "dynamic", HALF)]
         + [sparse(metric, "local", density=HALF) for metric in METRICS if metric != "grad"]
