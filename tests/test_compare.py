@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
 import compare  # noqa: E402
 import data  # noqa: E402
+import report  # noqa: E402
 import speft  # noqa: E402
 import studies  # noqa: E402
 import summaries  # noqa: E402
@@ -124,6 +125,28 @@ def test_the_error_by_examples_is_that_of_their_mean_differences(seed):
     assert summaries.error_by_examples(runs, {3: others[0]}) is None
 
 
+def test_the_long_runs_are_compared_step_by_step_and_seed_by_seed(tmp_path, monkeypatch):
+    rng = torch.Generator().manual_seed(0)
+    steps, losses = (60, 120, 240, 480, 960), torch.rand(2, 3, 5, generator=rng)  # method, seed, step
+    study = Study(monkeypatch, tmp_path, lambda rate, seed: float(losses[0, seed, -1]))
+    run = study.run
+
+    def with_curve(name, cell, *known):
+        curve = losses[int(cell["method"] == "lora"), cell["seed"]].tolist()
+        return run(name, cell, *known) | {"curve": [*zip(steps, curve)]}
+
+    monkeypatch.setattr(compare, "run_cell", with_curve)
+    for chosen, seeds in zip(studies.LONG_PAIRS["long"], ((0, 2, 1), (1, 0))):
+        for seed in seeds:  # LoRA lacks a seed
+            compare.Results("long").get(chosen | {"seed": seed, "lr": "1e-4"})
+    (line,) = report.long_table()[2:]
+    name, rate, shared, *said = line.strip("| ").split(" | ")
+    apart = (losses[0, :2] - losses[1, :2]).double()
+    errors = apart.std(0) / 2**0.5
+    wanted = [f"{mean:+.3f} ± {error:.3f}" for mean, error in zip(apart.mean(0).tolist(), errors.tolist())]
+    assert (name, rate, shared) == ("long", "0.0001", "2") and said[:5] == wanted
+
+
 def test_a_seed_that_diverges_is_counted_and_named(tmp_path, monkeypatch, capsys):
     def loss(rate, seed):
         return None if seed == 2 else abs(rate - 0.01) + seed / 10
@@ -152,7 +175,8 @@ def test_a_single_seed_has_no_error_and_a_task_has_its_exact_match(tmp_path, mon
 
 @pytest.mark.parametrize("name", studies.STUDIES)
 def test_every_cell_is_a_command_that_train_accepts(name):
-    for chosen, _ in studies.STUDIES[name].runs():
+    study = studies.STUDIES[name]
+    for chosen, *_ in [*study.runs(), *study.swept]:
         args = data.parse_args(compare.command(name, chosen | {"seed": 1, "lr": "3e-3"}, "x"), speft.METRICS)
         assert args.seed == 1 and args.lr == 3e-3
         assert args.method == ("full" if chosen["method"] == "full" else "sparse")

@@ -206,8 +206,9 @@ def main():
     with concurrent.futures.ThreadPoolExecutor(args.jobs or 1) as pool:
         if args.jobs:
             swept = [
-                chosen | {"seed": study.seeds[0], "lr": rate}
-                for chosen, rates in study.swept if wanted(name_of(chosen)) for rate in rates
+                chosen | {"seed": seed, "lr": rate}
+                for chosen, rates, seeds in study.swept if wanted(name_of(chosen))
+                for rate in rates for seed in seeds
             ]  # fmt: skip
             list(pool.map(results.get, swept))
             tuned = [(chosen, seeds) for chosen, seeds in study.runs() if wanted(name_of(chosen))]

@@ -1,11 +1,13 @@
 """The pictures of the reports, drawn from the files in data/results/ (report.py --figures)."""
 
+import math
+
 import data
 import speft
 import torch
 from compare import Results
 from model import GPT
-from report import LONG, RESULTS, as_setting, plain, read_rows, summary_of
+from report import LONG, LONG_PAIRS, RESULTS, as_setting, plain, read_rows, summary_of
 from studies import HALF, METRICS, name_of, setting, sparse
 from summaries import best_runs, mean_and_error
 
@@ -125,20 +127,22 @@ def accuracy(axes):
 
 
 def draw_long_runs():
-    """Validation loss over steps at the paper's rates: a panel a rate."""
-    rows = [row for row in Results("long").rows if "curve" in row]
-    rates = sorted({row["lr"] for row in rows})
-    figure = plt.figure(figsize=(7.5 * len(rates) ** 0.7, 5), layout="constrained")
-    panels = figure.subplots(1, len(rates), sharey=True, squeeze=False)[0]
+    """Validation loss over steps at the paper's rates: a panel a study and rate, a line a seed."""
+    panels = {}
+    for study in LONG_PAIRS:
+        rows = [row for row in Results(study).rows if "curve" in row]
+        for row in sorted(rows, key=lambda row: (row["lr"], row["seed"])):
+            panels.setdefault((study, row["lr"]), []).append(row)
     colors = dict(zip(map(name_of, LONG), ("C0", "C1", "C2", "C4")))
-    for rate, axes in zip(rates, panels):
+    figure = plt.figure(figsize=(12, 4.5 * math.ceil(len(panels) / 2)), layout="constrained")
+    shown = figure.subplots(math.ceil(len(panels) / 2), 2, squeeze=False).flat
+    for axes, ((study, rate), rows) in zip(shown, panels.items()):
         for row in rows:
-            if row["lr"] == rate:
-                label = name_of(row)
-                axes.plot(*zip(*row["curve"]), label=label, color=colors[label])
-        axes.set(title=f"prose, 1%, learning rate {rate:g}, first seed", xlabel="step")
+            label = None if row["seed"] else name_of(row)
+            axes.plot(*zip(*row["curve"]), label=label, color=colors[name_of(row)])
+        axes.set(title=f"{study}, learning rate {rate:g}")
+        axes.set(xlabel="step", ylabel="validation loss, nats a token")
         axes.legend()
-    panels[0].set_ylabel("validation loss, nats a token")
     figure.savefig(RESULTS / "long_runs.png", dpi=80)
 
 

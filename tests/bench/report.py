@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import compare  # noqa: E402
 import studies  # noqa: E402
 import summaries  # noqa: E402
-from studies import LONG, METRICS, OPTIMIZERS, STUDIES, SWEPT, setting, sparse  # noqa: E402
+from studies import LONG, LONG_PAIRS, METRICS, OPTIMIZERS, STUDIES, SWEPT, setting, sparse  # noqa: E402
 
 REPORTS = (RESULTS / "README.md", ROOT / "tests" / "bench" / "README.md")
 
@@ -91,6 +91,43 @@ def rates_table(study, settings):
         cells = [told(rows[rate]) if rate in rows else "" for rate in rates]
         lines.append(f"| {studies.name_of(chosen)} | " + " | ".join(cells) + " |")
     return lines
+
+
+def long_table():
+    """How far the gradient's mask is behind LoRA (below 0: ahead) in the long runs, at the same rate.
+
+    Validation loss after as many steps, with the same seeds and examples; then what was measured at the end.
+    The error is that over seeds, in accuracy that over the test examples.
+    """
+    steps = (60, 120, 240, 480, 960)
+    head = ["study", "learning rate", "seeds", *(f"{step} steps" for step in steps)]
+    head += ["test loss", "forgetting", "accuracy"]
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for study, (grad, lora) in LONG_PAIRS.items():
+        results = compare.Results(study)
+        for rate in sorted({row["lr"] for row in results.find(lora)}):
+            runs, others = (by_seed(results, one | {"lr": rate}) for one in (grad, lora))
+            ended = summaries.differences(runs, others)
+            apart = [behind(runs, others, step) for step in steps]
+            apart += [ended["test_after"], ended["forgetting"]]
+            if "accuracy" in ended:
+                apart.append((ended["accuracy"][0], summaries.error_by_examples(runs, others)))
+            said = [summaries.said(*one, sign="+") for one in apart]
+            seeds = len(runs.keys() & others.keys())
+            cells = [study, f"{rate:g}", str(seeds), *said] + [""] * ("accuracy" not in ended)
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def by_seed(results, wanted):
+    return {row["seed"]: row for row in results.find(wanted)}
+
+
+def behind(runs, others, step):
+    """(mean, standard error) of run − other in validation loss after so many steps, over shared seeds."""
+    shared = sorted(runs.keys() & others.keys())
+    losses = [[dict(one[seed]["curve"])[step] for seed in shared] for one in (runs, others)]
+    return summaries.mean_and_error([one - other for one, other in zip(*losses)])
 
 
 def told(row):
@@ -216,6 +253,7 @@ TABLES = {
     "prose at 1%": lambda: core_table("prose", 0.01),
     "prose": lambda: study_table("prose"),
     "long": lambda: rates_table("long", LONG),
+    "long behind LoRA": long_table,
     "recipes": recipes_table,
     "optimizers": optimizers_table,
     "cause": cause_table,

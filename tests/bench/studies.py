@@ -77,7 +77,7 @@ class Study:
     tuned: list = ()  # settings for all seeds, each at its best rate
     candidates: list = ()  # the same, but those out of the reference's reach only for the first seed
     once: list = ()  # settings for the first seed alone, each at its best rate
-    swept: list = ()  # (setting, rates): the first seed at each of these rates
+    swept: list = ()  # (setting, rates, seeds): each of these seeds at each of these rates
     measure: object = None  # (model, tokenizer) -> what else to measure of a trained model
     seeds: tuple = (0, 1, 2)
 
@@ -94,8 +94,16 @@ PROSE = (
     "--device cpu --model base --data prose --batch-size 8 --seq-len 128 --score-examples 64 "
     "--refresh 20 --eval-examples 64 "
 )
+SENTIMENT = (
+    "--device cpu --model smollm2 --data out/sentiment/train.jsonl --batch-size 8 --seq-len 96 "
+    "--score-examples 64 --refresh 20 --eval-examples 128 "
+)
 SWEPT = [sparse("grad"), sparse("random"), setting("lora")]
 LONG = [sparse("grad"), sparse("random"), setting("lora"), setting("full", None)]
+LONG_PAIRS = {  # study: the settings whose long runs are compared step by step
+    "long": (sparse("grad"), setting("lora")),
+    "long-sentiment": (sparse("grad", density=HALF), setting("lora", HALF)),
+}
 
 STUDIES = {
     "prose": Study(
@@ -122,13 +130,20 @@ STUDIES = {
         + [setting("random block", d) for d in (0.03, 0.1, 0.2)]
         + [setting("random columns", d) for d in (0.03, 0.1)]
         + [sparse("grad", density=0.1), setting("largest entries of a block", 0.03)],
-        swept=[(chosen, ("1e-4", "3e-4", "1e-3")) for chosen in SWEPT],
+        swept=[(chosen, ("1e-4", "3e-4", "1e-3"), (0,)) for chosen in SWEPT],
     ),
     # The paper's own rates, for as long as it takes.
     "long": Study(
         PROSE + "--steps 960 --eval-every 60",
         reference=setting("lora"),
-        swept=[(chosen, (rate,)) for rate in ("3e-4", "1e-4", "5e-4", "5e-5") for chosen in LONG],
+        swept=[(chosen, ("3e-4", "1e-4", "5e-4", "5e-5"), (0,)) for chosen in LONG]
+        + [(chosen, ("3e-4", "1e-4"), (1, 2)) for chosen in LONG_PAIRS["long"]],
+    ),
+    "long-sentiment": Study(
+        SENTIMENT + "--steps 960 --eval-every 60",
+        reference=setting("lora", HALF),
+        swept=[(chosen, ("3e-4",), (0,)) for chosen in LONG_PAIRS["long-sentiment"]],
+        measure=sentiment.measure_test,
     ),
     "smollm2": Study(
         "--device cpu --model smollm2 --data gsm --steps 40 --batch-size 4 --seq-len 192 "
@@ -141,8 +156,7 @@ STUDIES = {
         + [setting("pissa", HALF), setting("grad moved entries", HALF), setting("grad moved lines", HALF)],
     ),
     "sentiment": Study(
-        "--device cpu --model smollm2 --data out/sentiment/train.jsonl --steps 60 --batch-size 8 "
-        "--seq-len 96 --score-examples 64 --refresh 20 --eval-every 1000 --eval-examples 128",
+        SENTIMENT + "--steps 60 --eval-every 1000",
         reference=setting("lora", HALF),
         tuned=[setting("lora", HALF), sparse("random", density=HALF), sparse("grad", density=HALF)]
         + [setting("full", None), setting("random block", HALF), setting("pissa", HALF)]
