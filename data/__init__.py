@@ -16,4 +16,4 @@ from data.runs import (
 )
 from data.settings import FLAGS, check_fit, parse_args
 from data.tasks import accuracy, answer, format_prompt, in_words, stop_tokens
-from data.tokenizer import end_token, load_tokenizer, write_tokenizer
+from data.tokenizer import begin_token, end_token, load_tokenizer, write_tokenizer

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data.corpus import load_corpus
 from data.files import InputError
 from data.records import encode_record, make_questions, read_records
-from data.tokenizer import end_token
+from data.tokenizer import begin_token, end_token
 
 CORPORA = ("prose", "stdlib")
 TENTHS = ("train",) * 8 + ("val", "test")  # where each of ten examples in a row belongs
@@ -82,6 +82,10 @@ class Examples:
             inputs, _ = self.samples[i]
             begun.append(inputs[: self.asked[i] or min(BEGINNING, (len(inputs) + 1) // 2)].tolist())
         return begun
+
+    def sample(self, count, seed, size):
+        """`count` samples (all, if there are fewer), drawn at random, as batches: none counts twice."""
+        return self.draw(0, min(count, len(self)), seed, size)
 
     def draw(self, start, count, seed, size):
         """Samples number start ... start + count - 1 of an endless, every time reshuffled pass, as batches.
@@ -170,8 +174,21 @@ def _pack(part, tokenizer, seq_len, device):
     ids = [end]
     for tokens in tokenizer.encode_ordinary_batch(part.documents, num_threads=2):
         ids += [*tokens, end]
-    inputs, targets = (torch.tensor(side).split(seq_len) for side in (ids[:-1], ids[1:]))
-    return Examples(list(zip(inputs, targets)), device, note=f"from {part}")
+    samples = _cut(torch.tensor(ids[:-1]), torch.tensor(ids[1:]), tokenizer, seq_len)
+    return Examples(samples, device, note=f"from {part}")
+
+
+def _cut(inputs, targets, tokenizer, seq_len):
+    """Samples of at most seq_len tokens.
+
+    Where the checkpoint wants a token in front of every text, each sample begins with it, in place of the
+    one that was there: such models are lost without it. No target is.
+    """
+    samples, begin = list(zip(inputs.split(seq_len), targets.split(seq_len))), begin_token(tokenizer)
+    if begin is not None:
+        for inputs, _ in samples:
+            inputs[0] = begin
+    return samples
 
 
 def _pad(part, tokenizer, seq_len, device):
@@ -184,7 +201,7 @@ def _pad(part, tokenizer, seq_len, device):
             left_out += 1
             continue
         cut += is_long
-        pieces = list(zip(inputs.split(seq_len), targets.split(seq_len)))
+        pieces = _cut(inputs, targets, tokenizer, seq_len)
         samples += pieces
         prompts += [asked] * len(pieces)
     note = f"from {part}"

@@ -11,7 +11,7 @@ import sys
 import torch
 
 from data.files import InputError, parse_json
-from data.tokenizer import end_token
+from data.tokenizer import begin_token, end_token
 
 TURN = ("<|im_start|>", "<|im_end|>")  # ChatML's tokens around a turn
 SHAPES = "text, prompt and completion, or (if the tokenizer knows ChatML) messages of role and content"
@@ -114,7 +114,10 @@ def encode_record(where, record, tokenizer):
 
 def _parts(record, tokenizer):
     """(text or a special token's id in a tuple, whether it is learned) of a record, in order."""
+    begin = begin_token(tokenizer)
     if "messages" in record:
+        if begin is not None:
+            yield (begin,), False
         start, stop = ((tokenizer.encode_single_token(name),) for name in TURN)
         for message in record["messages"]:
             learned = message["role"] == "assistant"
@@ -124,4 +127,5 @@ def _parts(record, tokenizer):
         end = (end_token(tokenizer),)
         prompt = "" if "text" in record else record["prompt"]
         completion = record["text"] if "text" in record else record["completion"]
-        yield from ((end, False), (prompt, False), (completion, True), (end, True))
+        first = end if begin is None else (begin,)
+        yield from ((first, False), (prompt, False), (completion, True), (end, True))

@@ -21,7 +21,7 @@ def format_prompt(text, tokenizer, like):
     """The ids of `text` as the prompt of an answer, in the form that the Examples `like` have.
 
     In a chat it is the user's first message, after what all chats begin with, and the assistant's turn has
-    begun. Elsewhere it follows the token that ends a document. Raises InputError for what has no tokens.
+    begun. Elsewhere it follows the token that examples begin with. Raises InputError for what has no tokens.
     """
     record = {"prompt": text, "completion": "."}  # some answer, of which nothing is kept
     if like.opening is not None:

@@ -15,7 +15,7 @@ from tiktoken.core import raise_disallowed_special_token
 from data.bpe import byte_level, sentencepiece
 from data.files import InputError, find, one_of, write_file, write_json
 from data.splits import as_it_is, byte_pattern, flat_steps, nfc, normalizer, space_pattern, space_rule
-from data.vocabulary import describe
+from data.vocabulary import begins_with, describe
 
 LONGEST = 500_000  # characters of a text that tiktoken splits: its matcher gives up after a million steps
 # The tokens with a role, by the first name of each that a tokenizer has.
@@ -32,8 +32,8 @@ class Encoding(tiktoken.Encoding):
 
     tokens: {bytes: ids they stand for, often one} in the order in which they are merged; meant: {id: bytes};
     added: a tokenizer.json's added tokens; normal(text): its normal form; prepare(text, first): that as it is
-    split, `first` if nothing was before it; padded: whether one of these puts a space in front; end: the name
-    of the token that ends a text, if the checkpoint says so.
+    split, `first` if nothing was before it; padded: whether one of these puts a space in front; begin, end:
+    names of the tokens that stand before and after a text, if the checkpoint says so.
 
     As in tiktoken, special tokens are read from a text only where `encode` is told to. Other added tokens are
     part of the vocabulary and always read. This is what the tokenizers library does with
@@ -43,10 +43,11 @@ class Encoding(tiktoken.Encoding):
 
     encode_to_numpy = encode_with_unstable = None  # tiktoken's would give ranks, not ids
 
-    def __init__(self, name, pattern, tokens, meant, added, normal, prepare, padded, end):
+    def __init__(self, name, pattern, tokens, meant, added, normal, prepare, padded, begin, end):
         ranks = {token: rank for rank, token in enumerate(tokens)}
         super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        self.normal, self.prepare, self.padded, self.end = normal, prepare, padded, end
+        self.normal, self.prepare, self.padded = normal, prepare, padded
+        self.begin, self.end = begin, end
         self.ids = list(tokens.values())
         self.missing = b"".join(token for token, ids in tokens.items() if not ids)
         self.added = {token["content"].encode(): token["id"] for token in added}
@@ -155,6 +156,11 @@ def load_tokenizer(name):
         raise InputError(f"{path}: the tokenizer cannot be read ({type(error).__name__}: {error})") from None
 
 
+def begin_token(tokenizer):
+    """The id of the token that the checkpoint puts in front of every text, None if it puts none."""
+    return None if tokenizer.begin is None else tokenizer.encode_single_token(tokenizer.begin)
+
+
 def end_token(tokenizer):
     """The id of the token that ends a document; InputError if there is none."""
     name = _end_name(tokenizer.special_tokens_set, tokenizer.end)
@@ -184,8 +190,9 @@ def _load_described(path, described, config):
         one_of(path, "the normalizer of bytes", normal, (str, nfc))
         tokens, meant = byte_level(path, model)
         pattern, prepare, padded = byte_pattern(path, steps), as_it_is, False
-    end = config.get("eos_token")
-    return Encoding(str(path), pattern, tokens, meant, added, normal, prepare, padded, end)
+    begin, end = begins_with(described, config), config.get("eos_token")
+    one_of(path, "the token in front of a text", begin, (None, *specials))
+    return Encoding(str(path), pattern, tokens, meant, added, normal, prepare, padded, begin, end)
 
 
 def _check_ids(path, vocab, added):

@@ -7,6 +7,7 @@ tokenizer_config.json; github.com/ggml-org/ggml/blob/master/docs/gguf.md for the
 from data.bpe import SPACE
 from data.files import InputError, one_of, read_json
 from data.gguf import read_gguf
+from data.splits import flat_steps
 
 STEP = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -26,6 +27,7 @@ SPLITS = {  # by GGUF's names: the pre-tokenizer
     "gpt-2": [STEP], "smollm": [{"type": "Digits", "individual_digits": True}, STEP],
     "llama-bpe": _split(WORDS.replace("NUMBER", "{1,3}")), "qwen2": _split(WORDS.replace("NUMBER", "")),
 }  # fmt: skip
+BEGUN = ("llama", "llama-bpe")  # of a .gguf file's models and splits, those with a token in front of a text
 NFC = ("qwen2",)  # of these, those that normalise
 CONTROL, USER_DEFINED, NEVER_MERGED = (2, 3), 4, (2, 3, 6)  # a .gguf file's kinds of tokens; 6: a byte
 TO_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -36,8 +38,40 @@ SPACES_BACK = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
 def describe(path):
     """(what a tokenizer.json says, what a tokenizer_config.json says) of `path`, or would say."""
     if path.suffix == ".gguf":
-        return _describe_gguf(path, read_gguf(path)[0])
-    config, described = {}, _describe_folder(path)
+        described, config = _describe_gguf(path, read_gguf(path)[0])
+    else:
+        described = _describe_folder(path)
+        config = _config_of_folder(path, described)
+    one_of(path, "add_bos_token", config.get("add_bos_token"), (None, True, False))
+    if "post_processor" not in described:  # these files have no place for one
+        begin = begins_with(described, config)
+        described["post_processor"] = begin and _in_front(described, begin)
+    return described, config
+
+
+def begins_with(described, config):
+    """The name of the token that the checkpoint puts in front of every text, None if it puts none."""
+    if config.get("add_bos_token") is not None:
+        return config.get("bos_token") if config["add_bos_token"] else None
+    steps = flat_steps(described.get("post_processor"), "processors")
+    firsts = [step["single"][0] for step in steps if step["type"] == "TemplateProcessing" and step["single"]]
+    return next((first["SpecialToken"]["id"] for first in firsts if "SpecialToken" in first), None)
+
+
+def _in_front(described, name):
+    """The post-processor that puts the token `name` in front of a text."""
+    ids = {token["content"]: token["id"] for token in described["added_tokens"]}
+    first = {"SpecialToken": {"id": name, "type_id": 0}}
+    text, another = ({"Sequence": {"id": part, "type_id": 0}} for part in "AB")
+    return {
+        "type": "TemplateProcessing", "single": [first, text], "pair": [first, text, another],
+        "special_tokens": {name: {"id": name, "ids": [ids[name]], "tokens": [name]}},
+    }  # fmt: skip
+
+
+def _config_of_folder(path, described):
+    """What a folder's tokenizer_config.json says, and of what it leaves out its config.json."""
+    config = {}
     if (path / "config.json").exists():
         config = _roles(described, read_json(path / "config.json"))
     if (path / "tokenizer_config.json").exists():
@@ -46,7 +80,7 @@ def describe(path):
         said = config[role]
         config[role] = said["content"] if isinstance(said, dict) else said  # with an added token's options
         one_of(path, f"the kind of the {role}", type(config[role]), (str, type(None)))
-    return described, config
+    return config
 
 
 def _describe_folder(path):
@@ -109,6 +143,8 @@ def _describe_gguf(path, metadata):
         ignoring = {"ignore_merges": True} if name == "llama-bpe" else {}
         described = _bytes(vocab, fields["merges"], added, SPLITS[name], normalizer, **ignoring)
     config = _roles(described, fields, "padding_token_id")
+    is_begun = model in BEGUN or fields.get("pre") in BEGUN
+    config["add_bos_token"] = fields.get("add_bos_token", is_begun) and "bos_token" in config
     if "tokenizer.chat_template" in metadata:
         config["chat_template"] = metadata["tokenizer.chat_template"]
     return described, config

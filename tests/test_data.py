@@ -120,6 +120,9 @@ def numbered(count):
 @pytest.mark.parametrize("count", (1, 5, 8))
 def test_drawing_is_a_reshuffled_pass_and_a_function_of_its_arguments(count):
     examples = numbered(count)
+    for wanted in (1, count, 3 * count):  # for scoring none counts twice
+        sampled = [x.item() for inputs, _ in examples.sample(wanted, seed=5, size=2) for x in inputs[:, 0]]
+        assert len(set(sampled)) == len(sampled) == min(wanted, count)
     drawn = [examples.draw(at, 1, seed=3, size=1)[0][0][0, 0].item() for at in range(4 * count)]
     for epoch in range(4):
         assert sorted(drawn[epoch * count : (epoch + 1) * count]) == list(range(count))

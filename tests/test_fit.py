@@ -22,6 +22,9 @@ class Samples:
         self.all = torch.randint(vocabulary, (count, length + 1))
         self.note = ""
 
+    def sample(self, count, seed, batch_size):
+        return self.draw(0, count, seed, batch_size)
+
     def draw(self, start, count, seed, batch_size):
         which = [(start + n + 7 * seed) % len(self.all) for n in range(count)]
         rows = self.all[which]
