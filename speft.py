@@ -88,8 +88,7 @@ def _left_as_found(model):
         for module, name, buffer, value in buffers:
             buffer.data.copy_(value)
             setattr(module, name, buffer)
-    torch.rand(())  # fork_rng has undone every draw: after this one the next random scores are others
-
+    torch.default_generator.manual_seed(torch.randint(2**63 - 1, ()).item())  # fork_rng undid every draw
 
 def _plain(value):
     """A batch or an output with libraries' own mappings and dataclasses as dicts."""
@@ -117,7 +116,6 @@ def sum_over_processes(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
 
 def mean_gradient(model, weights, batches, loss_fn, power=1):
     """{name: g}, the gradient of the mean loss over the samples of all processes.
@@ -186,7 +184,7 @@ def fisher(model, weights, batches, loss_fn):
     return mean_gradient(model, weights, samples, loss_fn, power=2)
 
 def synflow(model, weights, batches, loss_fn):
-    """(∂R/∂θ) ⊙ θ, where R sums the outputs of the linearised network for an input of ones."""
+    """(∂R/∂θ) ⊙ θ, R the summed output of the linearised network for ones of the first sample's shape."""
     _count_samples(batches, weights)
     example = _tensors(batches)[0][:1]
     ones = torch.ones_like(example, dtype=torch.float64, requires_grad=True)
@@ -213,14 +211,15 @@ class _Linearised(torch.overrides.TorchFunctionMode):
     """The network as SynFlow sees it: absolute weights, no biases, no non-linearity.
     The signal is what requires a gradient and is no weight. Activations pass it on, and attention, to all
     positions alike; embeddings look up ones; a norm is its gain. What it is multiplied with counts by its
-    size, what is added to it not at all; two signals' product (a gated MLP) is their geometric mean, as a
-    plain one would square them in every block. All else has to be linear: tried on twice the signal."""
+    size, what is added or put beside it not at all; two signals' product (a gated MLP) is their geometric
+    mean, as a plain one would square them in every block. All else has to be linear: tried on twice."""
 
     ACTIVATIONS = set("relu6 elu celu selu gelu silu mish tanh sigmoid softplus softsign hardtanh hardswish "
                       "hardsigmoid log_sigmoid pow square to float type".split())  # fmt: skip
     GAINS = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 3}  # function: its argument
-    OTHERS = dict.fromkeys("add radd iadd sub rsub isub".split(), torch.zeros_like)  # for what is no signal
-    OTHERS |= dict.fromkeys("mul rmul imul multiply div truediv matmul mm bmm mv einsum".split(),
+    ADD, MULTIPLY = "add radd iadd sub rsub isub".split(), "mul rmul imul multiply div truediv".split()
+    OTHERS = dict.fromkeys([*ADD, "cat", "concat"], torch.zeros_like)  # for what is no signal
+    OTHERS |= dict.fromkeys([*MULTIPLY, "matmul", "mm", "bmm", "mv", "einsum"],
                             lambda t: (1.0 * t).abs().double())  # fmt: skip
     # A layer's vectors are biases; what is infinite is an attention's mask.
     OTHERS |= dict.fromkeys("linear conv1d conv2d conv3d addmm multi_head_attention_forward".split(),
@@ -253,9 +252,11 @@ class _Linearised(torch.overrides.TorchFunctionMode):
             return torch.full_like(x, 1 / x.size(given(1, "dim")))
         if name in ("mul", "rmul", "imul", "multiply") and len(signals) == 2:  # without overflow
             return math.prod(factor.clamp(min=1e-300).sqrt() * (factor > 0) for factor in signals)
-        if name in ("matmul", "bmm", "einsum") and len(signals) == 2:
+        if name in ("matmul", "bmm", "baddbmm", "einsum") and len(signals) == 2:
             return func(*args, **kwargs) * math.nan  # of queries and keys: only for softmax
         is_signal, other = lambda t: any(t is s for s in signals), self.OTHERS.get(name, lambda t: t)
+        if name in self.ADD + self.MULTIPLY:  # numbers are no signals, either
+            args = [torch.tensor(part) if isinstance(part, (int, float)) else part for part in args]
         parts = pytree.tree_map_only(torch.Tensor, lambda t: t if is_signal(t) else other(t), (args, kwargs))
         twice = pytree.tree_map_only(torch.Tensor, lambda t: t + t if is_signal(t) else t, parts)
         doubled, output = func(*twice[0], **twice[1]), func(*parts[0], **parts[1])
@@ -467,7 +468,6 @@ def _check_index(modules, name, index):
     fits = index.dtype in (torch.int32, torch.int64) and index.dim() == 1
     if not fits or len(index) and not (0 <= index[0] and index[-1] < size and (index[1:] > index[:-1]).all()):
         raise ValueError(f"layer {name!r}: indices must be sorted, different integers below {size}")
-
 
 def adapter(model):
     """All that was learned: {module name: (flat indices (m,), float32 corrections (m,), weight's shape)}."""

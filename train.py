@@ -21,7 +21,7 @@ def choose_mask(model, train, args, draw):
     """Score on the `draw`-th set of training examples; returns the mask, {module name: flat indices}."""
     seed = args.seed + 1000 * draw  # no two runs share a set, if their seeds are small
     torch.manual_seed(seed)
-    batches = data.share(train.draw(0, args.score_examples, seed + 1, args.batch_size))
+    batches = data.share(train.sample(args.score_examples, seed + 1, args.batch_size))
     progress = data.Progress("scoring", sum(len(inputs) for inputs, _ in batches), "examples")
 
     def losses(model, batch):
@@ -120,7 +120,7 @@ def run(args, adapt, log):
     data.show(f"reading {args.model} and {args.data}")
     torch.manual_seed(args.seed)
     model = data.load_model(args.model, getattr(torch, args.dtype)).to(args.device)
-    data.check_fit(args, model.config, speft.linear_layers(model), re.compile(args.layers).search)
+    data.check_fit(args, model.config, speft.linear_layers(model), re.compile(args.layers).search, adapt)
     tokenizer, base = data.load_tokenizer(args.model), model.fingerprint()
     total = sum(parameter.numel() for parameter in model.parameters())
     if args.adapter:
@@ -140,7 +140,7 @@ def run(args, adapt, log):
     if args.method != "none":
         params = list(speft.merge(model).requires_grad_().parameters()) if args.method == "full" else None
         if adapt is not None:
-            params = adapt(model, train.draw(0, args.score_examples, args.seed + 1, args.batch_size))
+            params = adapt(model, train.sample(args.score_examples, args.seed + 1, args.batch_size))
         save = lambda progress: data.write_progress(args.out, progress | {"settings": settings})  # noqa: E731
         params = fit(model, params, train, report.held_out["val"], args, log, saved, is_first and save)
         if is_first and args.method == "sparse" and adapt is None:

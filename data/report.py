@@ -26,7 +26,8 @@ class Report:
     def __init__(self, splits, tokenizer, settings):
         self.tokenizer, self.batch_size = tokenizer, settings.batch_size
         count, test = settings.eval_examples, splits["test"]
-        self.held_out = {name: split.spread(count, self.batch_size) for name, split in splits.items()}
+        self.held_out = {name: split.spread(count, self.batch_size) for name, split in splits.items()
+                         if name != "train"}  # fmt: skip
         self.questions = test.questions(count)
         self.prompts = test.beginnings(SAMPLES)
         self.is_asked = settings.method == "none" and bool(settings.prompt)

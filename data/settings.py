@@ -12,10 +12,16 @@ from data.files import InputError, check_folder, check_model_folder
 from data.processes import rank_and_world
 
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-# The default of --lr by method, or of masks by metric: what did best in the studies, data/results/README.md.
-RATES = {"full": 3e-4, "random": 3e-2, "magnitude": 3e-2, "synflow": 3e-2}
-OTHER_RATE = 1e-2
-RATES_SAID = ", ".join(f"{name} {rate:g}" for name, rate in RATES.items()) + f", others {OTHER_RATE:g}"
+# The default of --lr by method, or of masks by metric, after the studies (data/results/README.md): of the
+# project's own small models, and of all others. Where best rates differ, or forget much, it is a lower one.
+OWN_MODELS = ("base", "scratch")
+RATES = {"full": 3e-4, "random": 3e-2, "magnitude": 3e-2, "synflow": 3e-2, "others": 1e-2}
+RATES_ELSEWHERE = {"full": 1e-4, "random": 1e-2, "magnitude": 1e-2, "synflow": 3e-3, "others": 1e-3}
+
+
+def said(rates):
+    """The rates as --help has them."""
+    return ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
 
 
 def positive(x):
@@ -55,9 +61,10 @@ FLAGS = {  # name: (default, the values allowed, help)
     "batch-size": (8, positive, "examples that a process reads at once"),
     "accumulate": (1, positive, "batches of each process whose gradients make a step"),
     "seq-len": (256, positive, "longest example, in tokens"),
-    "lr": (math.nan, positive, f"peak learning rate (default by method or metric: {RATES_SAID})"),
+    "lr": (math.nan, positive, f"peak learning rate (default: {said(RATES)}; "
+           f"of models but {' and '.join(OWN_MODELS)}: {said(RATES_ELSEWHERE)})"),
     "warmup": (0.03, fraction, "share of the steps in which the learning rate rises"),
-    "weight-decay": (0.0, not_negative, "AdamW's weight decay: of a mask's corrections, so towards the base"),
+    "weight-decay": (0.0, not_negative, "AdamW's; of a mask's corrections, so towards where it began"),
     "clip": (1.0, positive, "norm that a larger gradient is scaled down to"),
     "eval-every": (40, positive, "steps between validations"),
     "eval-examples": (64, positive, "held-out examples that an evaluation reads"),
@@ -100,7 +107,8 @@ def parse_args(argv, metrics):
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     args = parser.parse_args(argv)
     if math.isnan(args.lr):
-        args.lr = RATES.get(args.method, RATES.get(args.metric, OTHER_RATE))
+        rates = RATES if args.model in OWN_MODELS else RATES_ELSEWHERE
+        args.lr = rates.get(args.method, rates.get(args.metric, rates["others"]))
     for name, (_, allowed, _) in FLAGS.items():
         value = getattr(args, name.replace("-", "_"))
         if callable(allowed) and not allowed(value):
@@ -112,12 +120,16 @@ def parse_args(argv, metrics):
     return args
 
 
-def check_fit(args, config, layers, chosen):
+def check_fit(args, config, layers, chosen, adapt=None):
     """Raise InputError, naming the flag, for what cannot work with a model, before any work is done.
 
     config: the model's. layers: its linear layers by name; chosen: which of the names --layers matches.
+    adapt: what takes the place of masks, if anything does, and may leave layers that nobody here can write.
     """
     _check_folders(args)
+    if adapt is not None and (args.merge or args.method == "full"):
+        flag = f"--merge {args.merge}" if args.merge else "--method full"
+        raise InputError(f"{flag}: not with `adapt`, whose layers no checkpoint has; write it yourself")
     if args.method == "full" and args.layers:
         raise InputError(f"--layers {args.layers}: chooses layers to mask, but --method full has no mask")
     batches, world = math.ceil(args.score_examples / args.batch_size), rank_and_world()[1]

@@ -335,11 +335,12 @@ def snapshot(model):
 
 
 def assert_as_found(model, before, draws=0):
-    """The model, and torch's state, are those of the snapshot, but for so many random numbers."""
+    """The model, and torch's state, are those of the snapshot; `draws` times a new seed has been drawn."""
     after = snapshot(model)
     with torch.random.fork_rng():
         torch.set_rng_state(torch.frombuffer(bytearray(before["random"][2]), dtype=torch.uint8))
-        torch.rand(draws)
+        for _ in range(draws):
+            torch.manual_seed(torch.randint(2**63 - 1, ()).item())
         before = before | {"random": bits(torch.get_rng_state())}
     assert set(after) == set(before)
     assert not [key for key in before if before[key] != after[key]]

@@ -165,6 +165,12 @@ def attend_by_keyword(m, x):
     return torch.matmul(other=x, input=weights)
 
 
+def attend_with_bias(m, x):
+    """As in transformers' BLOOM."""
+    scores = torch.baddbmm(m.bias[:, :5, :5].expand(len(x), 5, 5), x, x.transpose(-2, -1), alpha=0.5)
+    return torch.bmm(F.softmax(scores, dim=-1), x)
+
+
 def nano(m, x):
     """As in nanoGPT: the mask is called a bias, and is none."""
     scores = (x @ x.transpose(-2, -1)) * 0.5
@@ -179,8 +185,16 @@ PLAIN = {  # what passes the signal on as it is, or for its gain
     "attention": attend,
     "attention as in nanoGPT": nano,
     "attention by keyword": attend_by_keyword,
+    "attention with a bias": attend_with_bias,
     "in parts": write_to_zeros,
     "an added bias": lambda m, x: x + m.gain,
+    "an added number": lambda m, x: x + 1.5,
+    "to a number": lambda m, x: 2 + x,
+    "a number in place": lambda m, x: x.add_(-3),
+    "less a number": lambda m, x: torch.sub(x, 0.5, alpha=2),
+    "the other way round": lambda m, x: -1.0 * x,
+    "before more positions": lambda m, x: torch.concat((x, m.position.expand(len(x), -1, -1)), 1),
+    "behind a class": lambda m, x: torch.cat((m.position[:1].expand(len(x), 1, 4), x), 1)[:, 1:],
 }
 GAIN = {
     "rsqrt": lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * m.gain,
@@ -199,6 +213,16 @@ def test_norms_attention_and_positions_by_hand(spelled):
     p = positive(model)
     gain = p["gain"] if spelled in GAIN else 1
     expected = flow(model, p, 5 * (p["fc2.weight"] @ (p["fc1.weight"].sum(1) * gain)).sum())
+    assert_close(synflow(model, (torch.randn(2, 5, 3),)), expected)
+
+
+def test_an_activation_by_hand_is_the_geometric_mean_of_its_factors():
+    """GELU's approximation in BERT and GPT-2: its 1 counts not at all, its power passes the signal on."""
+    torch.manual_seed(0)
+    model = ByHand(lambda m, x: 0.5 * x * (1.0 + torch.tanh(0.8 * (x + 0.045 * torch.pow(x, 3.0)))))
+    p = positive(model)
+    factor = (0.5 * 0.8 * 1.045) ** 0.5
+    expected = flow(model, p, factor * 5 * (p["fc2.weight"] @ p["fc1.weight"].sum(1)).sum())
     assert_close(synflow(model, (torch.randn(2, 5, 3),)), expected)
 
 
@@ -386,7 +410,6 @@ REFUSED = {
     "log_softmax": lambda m, x: F.log_softmax(x, -1),
     "instance_norm": lambda m, x: F.instance_norm(x),
     "clamp": lambda m, x: x.clamp(max=1e-4),
-    "cat": lambda m, x: torch.cat((x, m.position.expand(len(x), -1, -1)), 1),
     "masked_fill": attend_by_function,
     "index_add": add_to_zeros,
     "sin": lambda m, x: torch.sin(x),

@@ -10,7 +10,7 @@ import torch
 import data
 import speft
 import train
-from data.settings import RATES
+from data.settings import RATES, RATES_ELSEWHERE
 from runs import argv, write_pairs, write_tiny
 
 USAGE = {  # flags -> what the line names
@@ -124,6 +124,17 @@ def test_every_process_needs_a_batch_to_score(made, tmp_path, monkeypatch, metri
         data.check_fit(args, model.config, speft.linear_layers(model), lambda name: True)
 
 
+@pytest.mark.parametrize("flags", (["--merge", "merged"], ["--method", "full"]))
+def test_what_adapt_makes_is_not_written_as_a_checkpoint(made, tmp_path, monkeypatch, capsys, flags):
+    """Said before the training, not after it."""
+    tiny, pairs = made
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        train.main(argv(tiny, "out", "--data", pairs, *flags), lambda model, batches: 1 / 0)
+    assert ended.value.code == 1 and f"error: {' '.join(flags)}: not with" in capsys.readouterr().err
+    assert not list(tmp_path.glob("**/*.*"))
+
+
 def test_no_memory_left_is_reported(made, tmp_path, monkeypatch, capsys):
     tiny, pairs = made
 
@@ -155,11 +166,16 @@ def test_the_default_rate_follows_method_and_metric(capsys):
     assert rate() == rate("--metric", "grad") == rate("--metric", "snip") == 1e-2
     assert rate("--metric", "random") == 3 * rate()
     assert rate("--metric", "random", "--lr", "0.5") == rate("--method", "full", "--lr", "0.5") == 0.5
-    assert all(name in speft.METRICS for name in RATES if name != "full")
+    for model in ("smollm2", "some/folder"):  # where the best rates of the studies are lower
+        assert rate("--model", model, "--metric", "grad") == rate() / 10
+        assert rate("--model", model, "--metric", "magnitude") < rate("--metric", "magnitude")
+        assert rate("--model", model, "--method", "full") < rate("--method", "full")
+    assert rate("--model", "scratch", "--method", "full") == rate("--method", "full")
+    assert RATES.keys() == RATES_ELSEWHERE.keys() <= {*speft.METRICS, "full", "others"}
     with pytest.raises(SystemExit):
         train.main(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"full {rate('--method', 'full'):g}, random 0.03" in printed and "others 0.01)" in printed
+    assert f"full {rate('--method', 'full'):g}, random 0.03" in printed and "others 0.001)" in printed
 
 
 @pytest.mark.slow
