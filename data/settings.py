@@ -16,7 +16,7 @@ DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 # project's own small models, and of all others. Where best rates differ, or forget much, it is a lower one.
 OWN_MODELS = ("base", "scratch")
 RATES = {"full": 3e-4, "random": 3e-2, "magnitude": 3e-2, "synflow": 3e-2, "others": 1e-2}
-RATES_ELSEWHERE = {"full": 1e-4, "random": 1e-2, "magnitude": 1e-2, "synflow": 3e-3, "others": 1e-3}
+RATES_ELSEWHERE = {"full": 1e-4, "random": 1e-2, "magnitude": 1e-2, "synflow": 3e-3, "others": 3e-4}
 
 
 def said(rates):
