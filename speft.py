@@ -68,6 +68,7 @@ def _left_as_found(model):
     parameters = [(p, p.requires_grad, p.grad_dtype, p.grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
+    torch.clear_autocast_cache()  # it may hold the weights as they were at an earlier scoring
     model.eval()
     model.requires_grad_(False)
     model.zero_grad()
@@ -218,9 +219,8 @@ class _Linearised(torch.overrides.TorchFunctionMode):
                       "hardsigmoid log_sigmoid pow square to float type".split())  # fmt: skip
     GAINS = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 3}  # function: its argument
     ADD, MULTIPLY = "add radd iadd sub rsub isub".split(), "mul rmul imul multiply div truediv".split()
-    OTHERS = dict.fromkeys([*ADD, "cat", "concat"], torch.zeros_like)  # for what is no signal
-    OTHERS |= dict.fromkeys([*MULTIPLY, "matmul", "mm", "bmm", "mv", "einsum"],
-                            lambda t: (1.0 * t).abs().double())  # fmt: skip
+    OTHERS = dict.fromkeys(ADD + ["cat", "concat"], torch.zeros_like)  # for what is no signal
+    OTHERS |= dict.fromkeys(MULTIPLY + "matmul mm bmm mv einsum".split(), lambda t: (1.0 * t).abs().double())
     # A layer's vectors are biases; what is infinite is an attention's mask.
     OTHERS |= dict.fromkeys("linear conv1d conv2d conv3d addmm multi_head_attention_forward".split(),
                             lambda t: t.abs().nan_to_num(posinf=0) if t.dim() > 1 else 0 * t)  # fmt: skip
@@ -351,13 +351,13 @@ class SparseLinear(nn.Linear):
     def weight(self):
         """The weight, corrected. Who reads it computes right; who calls the layer also trains `delta`."""
         weight = self._parameters["weight"]
-        if isinstance(weight, nn.Parameter):  # and not what functional_call has put there
+        if self.delta.dtype == torch.float32:  # else SynFlow has put both there
             self.sync()
         return weight
 
     def forward(self, x):
         weight = self.weight
-        if weight.requires_grad or not (self.delta.requires_grad and torch.is_grad_enabled()):
+        if not (self.delta.requires_grad and torch.is_grad_enabled()):
             return nn.functional.linear(x, weight, self.bias)  # being scored, or frozen
         y = _MaskedLinear.apply(x, weight, self.bias, self.delta, *self.planned)
         return y.view(*x.shape[:-1], self.out_features)

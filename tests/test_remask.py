@@ -9,9 +9,9 @@ import torch.nn as nn
 
 from helpers import (
     BAD_NAMES, DTYPES, LAYERS, Dense, assert_as_found, assert_near, assert_same_adapters, assert_same_tensors,
-    carrying, corrected, linears, mlp, outputs, perturb, plain, random_index, random_masks, same_bits,
-    snapshot, train_steps, trained_mlp, weights_of)  # fmt: skip
-from speft import SparseLinear, adapter, load_adapter, merge, remask, sparsify
+    carrying, corrected, linears, mlp, outputs, perturb, plain, random_index, random_masks, random_mlp,
+    same_bits, sample_losses, snapshot, train_steps, trained_mlp, weights_of)  # fmt: skip
+from speft import SparseLinear, adapter, load_adapter, merge, remask, salience, select, sparsify
 
 
 # --- sparsify -------------------------------------------------------------------------------------------
@@ -261,3 +261,14 @@ def test_a_module_with_two_parents_is_one_layer():
     merge(model)
     assert type(model.left[0]) is nn.Linear and model.right[0] is model.left[0]
     assert same_bits(outputs(model), want)
+
+
+def test_under_one_autocast_every_scoring_sees_the_current_weights():
+    model, batches = random_mlp(3, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        deltas = sparsify(model, select(salience(model, "grad", batches, sample_losses), 0.3, "global"))
+        perturb(deltas, 1.0)
+        inside = salience(model, "grad", batches, sample_losses)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outside = salience(model, "grad", batches, sample_losses)
+    assert_same_tensors(inside, outside)

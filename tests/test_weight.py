@@ -253,3 +253,44 @@ def test_a_cast_model_is_the_cast_base_with_the_same_correction(cast, state):
     assert same_bits(outputs(model), outputs(other))
     load_adapter(model, {})
     assert_same_tensors(weights_of(model), weights_of(base))
+
+
+# --- functional calls and flags ------------------------------------------------------------------------
+
+
+def test_functional_call_trains_by_all_parameters_as_the_module_does():
+    model, deltas = trained_mlp()
+    twin, (x, y) = copy.deepcopy(model), (probe(torch.float32), outputs(mlp(seed=9)))
+    given = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in model.named_parameters()}
+    names = [name for name in given if name.endswith("delta")]
+    optimizer = torch.optim.SGD(deltas, lr=0.3)
+    for _ in range(4):
+        loss = (torch.func.functional_call(twin, given, x) - y).square().mean()
+        for name, slope in zip(names, torch.autograd.grad(loss, [given[name] for name in names])):
+            given[name] = (given[name] - 0.3 * slope).detach().requires_grad_()
+        optimizer.zero_grad()
+        expected = (model(x) - y).square().mean()
+        expected.backward()
+        optimizer.step()
+        torch.testing.assert_close(loss, expected)
+
+
+def test_an_ensemble_under_vmap_is_refused_and_not_wrong():
+    model, _ = trained_mlp()
+    stacked = torch.func.stack_module_state([model, copy.deepcopy(model)])
+
+    def member(params, buffers, x):
+        return torch.func.functional_call(model, (params, buffers), (x,))
+
+    with torch.no_grad(), pytest.raises(RuntimeError, match="under vmap"):
+        torch.vmap(member, in_dims=(0, 0, None))(*stacked, probe(torch.float32))
+
+
+def test_a_model_that_is_unfrozen_as_a_whole_trains_on_alike():
+    model, deltas = trained_mlp()
+    twin = copy.deepcopy(model)
+    model.requires_grad_(False)
+    model.requires_grad_(True)  # as code does that trains two models in turn
+    train_steps(model, deltas, 3, seed=5)
+    train_steps(twin, [twin[int(n)].delta for n in LAYERS], 3, seed=5)
+    assert same_bits(outputs(model), outputs(twin))
