@@ -213,14 +213,14 @@ class _Linearised(torch.overrides.TorchFunctionMode):
     The signal is what requires a gradient and is no weight. Activations pass it on, and attention, to all
     positions alike; embeddings look up ones; a norm is its gain. What it is multiplied with counts by its
     size, what is added or put beside it not at all; two signals' product (a gated MLP) is their geometric
-    mean, as a plain one would square them in every block. All else has to be linear: tried on twice."""
+    mean, as a plain one would square them in every block. All else has to be linear, on twice the signal."""
 
     ACTIVATIONS = set("relu6 elu celu selu gelu silu mish tanh sigmoid softplus softsign hardtanh hardswish "
                       "hardsigmoid log_sigmoid pow square to float type".split())  # fmt: skip
     GAINS = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 3}  # function: its argument
     ADD, MULTIPLY = "add radd iadd sub rsub isub".split(), "mul rmul imul multiply div truediv".split()
-    OTHERS = dict.fromkeys(ADD + ["cat", "concat"], torch.zeros_like)  # for what is no signal
-    OTHERS |= dict.fromkeys(MULTIPLY + "matmul mm bmm mv einsum".split(), lambda t: (1.0 * t).abs().double())
+    OTHERS = dict.fromkeys(ADD + ["cat", "concat", "concatenate", "stack"], torch.zeros_like)  # no signal
+    OTHERS |= dict.fromkeys(MULTIPLY + "matmul mm bmm mv einsum".split(), lambda t: abs(1.0 * t).double())
     # A layer's vectors are biases; what is infinite is an attention's mask.
     OTHERS |= dict.fromkeys("linear conv1d conv2d conv3d addmm multi_head_attention_forward".split(),
                             lambda t: t.abs().nan_to_num(posinf=0) if t.dim() > 1 else 0 * t)  # fmt: skip
@@ -349,9 +349,9 @@ class SparseLinear(nn.Linear):
 
     @property
     def weight(self):
-        """The weight, corrected. Who reads it computes right; who calls the layer also trains `delta`."""
+        """The weight, or functional_call's, corrected. Reading computes right; calling the layer trains."""
         weight = self._parameters["weight"]
-        if self.delta.dtype == torch.float32:  # else SynFlow has put both there
+        if self.delta.dtype != torch.float64:  # else both are SynFlow's own
             self.sync()
         return weight
 

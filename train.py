@@ -19,7 +19,7 @@ import speft
 
 def choose_mask(model, train, args, draw):
     """Score on the `draw`-th set of training examples; returns the mask, {module name: flat indices}."""
-    seed = args.seed + 1000 * draw  # no two runs share a set, if their seeds are small
+    seed = args.seed + 1000 * draw  # other examples in every run whose seed is small
     torch.manual_seed(seed)
     batches = data.share(train.sample(args.score_examples, seed + 1, args.batch_size))
     progress = data.Progress("scoring", sum(len(inputs) for inputs, _ in batches), "examples")

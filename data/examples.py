@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.corpus import load_corpus
 from data.files import InputError
+from data.processes import rank_and_world
 from data.records import encode_record, make_questions, read_records
 from data.tokenizer import begin_token, end_token
 
@@ -84,8 +85,12 @@ class Examples:
         return begun
 
     def sample(self, count, seed, size):
-        """`count` samples (all, if there are fewer), drawn at random, as batches: none counts twice."""
-        return self.draw(0, min(count, len(self)), seed, size)
+        """`count` samples (all, if there are fewer), drawn at random, as batches: none counts twice.
+
+        Batches of `size`, or of fewer where else a process would have none.
+        """
+        count = min(count, len(self))
+        return self.draw(0, count, seed, min(size, max(1, count // rank_and_world()[1])))
 
     def draw(self, start, count, seed, size):
         """Samples number start ... start + count - 1 of an endless, every time reshuffled pass, as batches.

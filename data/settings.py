@@ -76,7 +76,7 @@ FLAGS = {  # name: (default, the values allowed, help)
     "merge": ("", None, "folder for the whole model; --method full: in float16, by default in --out"),
     "checkpoint-every": (40, not_negative, "steps between checkpoints in --out; 0: none"),
 }
-# Metrics that need a batch in every process, as far as is known before scoring.
+# Metrics that need an example in every process, as far as is known before scoring.
 NEED_DATA = ("grad", "snip", "force", "taylor", "synflow", "grasp", "fisher")
 # What --resume may change: the same is trained, however the examples of a step are divided.
 MAY_CHANGE = {"prompt", "out", "merge", "checkpoint_every", "batch_size", "accumulate", "resume"}
@@ -132,10 +132,10 @@ def check_fit(args, config, layers, chosen, adapt=None):
         raise InputError(f"{flag}: not with `adapt`, whose layers no checkpoint has; write it yourself")
     if args.method == "full" and args.layers:
         raise InputError(f"--layers {args.layers}: chooses layers to mask, but --method full has no mask")
-    batches, world = math.ceil(args.score_examples / args.batch_size), rank_and_world()[1]
-    if args.method == "sparse" and args.metric in NEED_DATA and batches < world and not args.resume:
-        few = f"too few batches ({batches}) for {world} processes"
-        raise InputError(f"--score-examples {args.score_examples}: {few}")
+    world = rank_and_world()[1]
+    needs_data = args.method == "sparse" and args.metric in NEED_DATA and not args.resume
+    if needs_data and args.score_examples < world:
+        raise InputError(f"--score-examples {args.score_examples}: too few for {world} processes")
     weights = [layer.weight.numel() for name, layer in layers.items() if chosen(name)]
     if args.method == "sparse" and not weights:
         names = ", ".join(layers)

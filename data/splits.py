@@ -21,7 +21,7 @@ PAIRS = "".join(map("".join, itertools.product(map(chr, range(128)), repeat=2)))
 
 
 def flat_steps(step, inside):
-    """The steps of a normalizer or pre-tokenizer, of which a Sequence has several `inside` it, null none."""
+    """The steps of a normalizer and the like, of which a Sequence has several `inside` it, null none."""
     if step is None:
         return []
     if step["type"] != "Sequence":

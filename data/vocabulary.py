@@ -53,9 +53,12 @@ def begins_with(described, config):
     """The name of the token that the checkpoint puts in front of every text, None if it puts none."""
     if config.get("add_bos_token") is not None:
         return config.get("bos_token") if config["add_bos_token"] else None
-    steps = flat_steps(described.get("post_processor"), "processors")
-    firsts = [step["single"][0] for step in steps if step["type"] == "TemplateProcessing" and step["single"]]
-    return next((first["SpecialToken"]["id"] for first in firsts if "SpecialToken" in first), None)
+    for step in flat_steps(described.get("post_processor"), "processors"):
+        if "cls" in step:  # of BERT and RoBERTa
+            return step["cls"][0]
+        if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
+            return step["single"][0]["SpecialToken"]["id"]
+    return None
 
 
 def _in_front(described, name):

@@ -51,6 +51,8 @@ PROCESSORS = {
     "in front, after bytes": ({"type": "Sequence", "processors": [BYTES, template(FIRST)]}, BEGIN),
     "nothing": (template(ALONE), None),
     "behind": (template(FIRST[::-1]), None),
+    "RoBERTa's": ({"type": "RobertaProcessing", "cls": ["<s>", BEGIN], "sep": ["<s>", BEGIN],
+                   "trim_offsets": True, "add_prefix_space": False}, BEGIN),
 }
 
 

@@ -117,6 +117,15 @@ def numbered(count):
     return Examples([(torch.tensor([n] * (n + 1)), torch.tensor([n] * (n + 1))) for n in range(count)])
 
 
+def test_every_process_has_examples_to_score_if_there_are_as_many(monkeypatch):
+    for world, count, wanted in ((1, 50, 128), (8, 50, 128), (3, 9, 7), (7, 7, 7), (4, 40, 40)):
+        monkeypatch.setattr("data.examples.rank_and_world", lambda: (0, world))
+        batches = numbered(count).sample(wanted, seed=0, size=8)
+        assert len(batches) >= world and sum(len(inputs) for inputs, _ in batches) == min(count, wanted)
+        assert max(len(inputs) for inputs, _ in batches) <= 8
+        assert min(wanted, count) < 8 * world or len(batches[0][0]) == 8  # smaller only where it has to be
+
+
 @pytest.mark.parametrize("count", (1, 5, 8))
 def test_drawing_is_a_reshuffled_pass_and_a_function_of_its_arguments(count):
     examples = numbered(count)

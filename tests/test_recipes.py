@@ -217,13 +217,13 @@ def test_reviews_become_records_without_the_unclear_and_the_double(tmp_path, mon
 @pytest.mark.parametrize("seed", range(3))
 def test_forced_choice_is_that_of_one_prompt_after_the_other(seed):
     class Tokenizer:
-        special_tokens_set, end = {"<|endoftext|>"}, None
+        special_tokens_set, begin, end = {"<|endoftext|>"}, None, None
 
         def encode_single_token(self, name):
             return 0
 
         def encode_ordinary(self, text):
-            answers = sentiment.ANSWERS
+            answers = (*sentiment.ANSWERS, ".")  # this one is a prompt's until there is an answer
             return [answers.index(text) + 1] if text in answers else [*map(int, text.split())]
 
     random.seed(seed)

@@ -109,15 +109,15 @@ def test_the_adapter_to_start_from_is_not_replaced(made, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("metric", ("grad", "synflow", "random", "magnitude"))
-def test_every_process_needs_a_batch_to_score(made, tmp_path, monkeypatch, metric):
+def test_every_process_needs_an_example_to_score(made, tmp_path, monkeypatch, metric):
     tiny, pairs = made
-    flags = ["--data", pairs, "--metric", metric, "--score-examples", 7, "--batch-size", 3]
+    flags = ["--data", pairs, "--metric", metric, "--score-examples", 3, "--batch-size", 3]
     args, model = data.parse_args(argv(tiny, tmp_path, *flags), speft.METRICS), data.load_model(tiny)
     for processes in (3, 4):
         monkeypatch.setattr("data.settings.rank_and_world", lambda: (0, processes))
         args.resume = False
         needs_more = processes == 4 and metric in ("grad", "synflow")
-        message = r"--score-examples 7: too few batches \(3\) for 4 processes"
+        message = "--score-examples 3: too few for 4 processes"
         with pytest.raises(data.InputError, match=message) if needs_more else contextlib.nullcontext():
             data.check_fit(args, model.config, speft.linear_layers(model), lambda name: True)
         args.resume = True  # the mask may be there already

@@ -107,6 +107,8 @@ def long_table():
         results = compare.Results(study)
         for rate in sorted({row["lr"] for row in results.find(lora)}):
             runs, others = (by_seed(results, one | {"lr": rate}) for one in (grad, lora))
+            if not runs.keys() & others.keys():
+                continue
             ended = summaries.differences(runs, others)
             apart = [behind(runs, others, step) for step in steps]
             apart += [ended["test_after"], ended["forgetting"]]
@@ -120,7 +122,8 @@ def long_table():
 
 
 def by_seed(results, wanted):
-    return {row["seed"]: row for row in results.find(wanted)}
+    """{seed: row} of the runs that ended."""
+    return {row["seed"]: row for row in results.find(wanted) if "curve" in row}
 
 
 def behind(runs, others, step):

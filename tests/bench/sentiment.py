@@ -63,8 +63,8 @@ def measure(model, tokenizer, records, batch_size=16):
     """
     answers = [tokenizer.encode_ordinary(answer) for answer in ANSWERS]
     assert max(map(len, answers)) == 1, "an answer has to be one token"
-    end = data.end_token(tokenizer)
-    prompts = [[end, *tokenizer.encode_ordinary(record["prompt"])] for record in records]
+    plain = data.Examples([])  # no chats
+    prompts = [data.format_prompt(record["prompt"], tokenizer, plain) for record in records]
     order = sorted(range(len(records)), key=lambda n: len(prompts[n]))
     right, losses = [0] * len(records), 0.0
     for start in range(0, len(order), batch_size):

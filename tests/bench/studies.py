@@ -136,8 +136,8 @@ STUDIES = {
     "long": Study(
         PROSE + "--steps 960 --eval-every 60",
         reference=setting("lora"),
-        swept=[(chosen, ("3e-4", "1e-4", "5e-4", "5e-5"), (0,)) for chosen in LONG]
-        + [(chosen, ("3e-4", "1e-4"), (1, 2)) for chosen in LONG_PAIRS["long"]],
+        swept=[(chosen, ("3e-4", "1e-4"), (0, 1, 2)) for chosen in LONG_PAIRS["long"]]
+        + [(chosen, (rate,), (0,)) for rate in ("3e-4", "1e-4", "5e-4", "5e-5") for chosen in LONG],
     ),
     "long-sentiment": Study(
         SENTIMENT + "--steps 960 --eval-every 60",
