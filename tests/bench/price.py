@@ -1,6 +1,7 @@
 """What can be trained at the price of LoRA? Seconds a step and peak memory by method and density.
 
-    python tests/bench/price.py [--model base]
+    python tests/bench/price.py
+    python tests/bench/price.py --model smollm2 --batch 3 --tokens 160 --variants "random block.*|grad 0.01"
 
 The variants take turns in one process, step by step, and ratios are taken pair by pair, as in step.py. The
 seconds are the processor's, of one thread, so that other work beside it counts less than on the clock. Peaks
@@ -11,6 +12,7 @@ import argparse
 import copy
 import functools
 import json
+import re
 import statistics
 import sys
 import time
@@ -76,6 +78,7 @@ def main():
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=11)
+    parser.add_argument("--variants", default=".*", help='"method density" beside LoRA: an expression')
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(device="cpu")
     args = parser.parse_args()
@@ -83,16 +86,18 @@ def main():
         return print(own_peak(args))
     torch.set_num_threads(1)
     model, batches = load(args)
-    ready = {priced: prepare(model, batches, *priced) for priced in PRICED}
-    times = {priced: [] for priced in PRICED}
+    wanted = re.compile(args.variants).fullmatch
+    chosen = [priced for priced in PRICED if priced == LORA or wanted(f"{priced[0]} {priced[1]:g}")]
+    ready = {priced: prepare(model, batches, *priced) for priced in chosen}
+    times = {priced: [] for priced in chosen}
     for repetition in range(args.repetitions + 2):  # the first two warm up
         for priced, (copied, optimizer) in ready.items():
             start = time.process_time()
             step.step(copied, optimizer, batches[repetition % len(batches)])
             times[priced].append(time.process_time() - start)
-    for number, (priced, seconds) in enumerate(times.items()):
+    for priced, seconds in times.items():
         pairs = list(zip(seconds, times[LORA]))[2:]
-        argv = [sys.executable, __file__, "--only", str(number)]
+        argv = [sys.executable, __file__, "--only", str(PRICED.index(priced))]
         argv += ["--model", args.model, "--batch", str(args.batch), "--tokens", str(args.tokens)]
         copied, optimizer = ready[priced]
         row = {
