@@ -351,7 +351,7 @@ class SparseLinear(nn.Linear):
     def weight(self):
         """The weight, or functional_call's, corrected. Reading computes right; calling the layer trains."""
         weight = self._parameters["weight"]
-        if self.delta.dtype != torch.float64:  # else both are SynFlow's own
+        if self.delta.dtype != torch.float64:  # else it and the weight are SynFlow's own
             self.sync()
         return weight
 

@@ -186,14 +186,14 @@ def _pack(part, tokenizer, seq_len, device):
 def _cut(inputs, targets, tokenizer, seq_len):
     """Samples of at most seq_len tokens.
 
-    Where the checkpoint wants a token in front of every text, each sample begins with it, in place of the
-    one that was there: such models are lost without it. No target is.
+    Where the checkpoint wants a token in front of every text, the first input of each is that one, in place
+    of what was there: such models are lost without it. The targets stay as they are.
     """
-    samples, begin = list(zip(inputs.split(seq_len), targets.split(seq_len))), begin_token(tokenizer)
+    pieces, begin = inputs.split(seq_len), begin_token(tokenizer)
     if begin is not None:
-        for inputs, _ in samples:
-            inputs[0] = begin
-    return samples
+        for piece in pieces:
+            piece[0] = begin
+    return list(zip(pieces, targets.split(seq_len)))
 
 
 def _pad(part, tokenizer, seq_len, device):

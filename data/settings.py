@@ -129,7 +129,7 @@ def check_fit(args, config, layers, chosen, adapt=None):
     _check_folders(args)
     if adapt is not None and (args.merge or args.method == "full"):
         flag = f"--merge {args.merge}" if args.merge else "--method full"
-        raise InputError(f"{flag}: not with `adapt`, whose layers no checkpoint has; write it yourself")
+        raise InputError(f"{flag}: not with `adapt`, whose layers no checkpoint has")
     if args.method == "full" and args.layers:
         raise InputError(f"--layers {args.layers}: chooses layers to mask, but --method full has no mask")
     world = rank_and_world()[1]
