@@ -221,13 +221,16 @@ def test_ctrl_c_ends_all_processes_with_one_line(made, tmp_path):
 # --- what goes wrong ------------------------------------------------------------------------------------
 
 
-def test_more_processes_than_batches_to_score_with_is_an_error(made, tmp_path):
+def test_two_examples_are_enough_to_score_with_two_processes_and_one_is_an_error(made, tmp_path):
     tiny, pairs = made
-    flags = argv(tiny, tmp_path / "out", "--data", pairs, "--score-examples", 2)
-    two = train_together(2, tmp_path / "printed", *flags)
-    assert two.exit_codes() == [1, 1]
-    assert "--score-examples 2: too few batches (1) for 2 processes" in two.printed(0, "err")
+    flags = argv(tiny, tmp_path / "out", "--data", pairs, "--score-examples")
+    one = train_together(2, tmp_path / "printed", *flags, 1)
+    assert one.exit_codes() == [1, 1]
+    assert "--score-examples 1: too few for 2 processes" in one.printed(0, "err")
     assert os.listdir(tmp_path / "out") == []
+    two = train_together(2, tmp_path / "printed", *flags, 2)
+    two.results()
+    assert "scoring" in two.printed(0) and (tmp_path / "out" / "adapter.pt").exists()
 
 
 def failing(flags, step):
