@@ -76,8 +76,6 @@ FLAGS = {  # name: (default, the values allowed, help)
     "merge": ("", None, "folder for the whole model; --method full: in float16, by default in --out"),
     "checkpoint-every": (40, not_negative, "steps between checkpoints in --out; 0: none"),
 }
-# Metrics that need an example in every process, as far as is known before scoring.
-NEED_DATA = ("grad", "snip", "force", "taylor", "synflow", "grasp", "fisher")
 # What --resume may change: the same is trained, however the examples of a step are divided.
 MAY_CHANGE = {"prompt", "out", "merge", "checkpoint_every", "batch_size", "accumulate", "resume"}
 
@@ -133,8 +131,7 @@ def check_fit(args, config, layers, chosen, adapt=None):
     if args.method == "full" and args.layers:
         raise InputError(f"--layers {args.layers}: chooses layers to mask, but --method full has no mask")
     world = rank_and_world()[1]
-    needs_data = args.method == "sparse" and args.metric in NEED_DATA and not args.resume
-    if needs_data and args.score_examples < world:
+    if args.method == "sparse" and not args.resume and args.score_examples < world:
         raise InputError(f"--score-examples {args.score_examples}: too few for {world} processes")
     weights = [layer.weight.numel() for name, layer in layers.items() if chosen(name)]
     if args.method == "sparse" and not weights:

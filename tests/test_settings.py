@@ -1,6 +1,7 @@
 """The command line: what cannot work ends before any work, with one line that names the cause."""
 
 import contextlib
+import itertools
 import math
 import os
 
@@ -108,20 +109,18 @@ def test_the_adapter_to_start_from_is_not_replaced(made, tmp_path, capsys):
     assert (tmp_path / "out" / "adapter.pt").read_bytes() == first
 
 
-@pytest.mark.parametrize("metric", ("grad", "synflow", "random", "magnitude"))
-def test_every_process_needs_an_example_to_score(made, tmp_path, monkeypatch, metric):
+def test_every_process_needs_an_example_to_score(made, tmp_path, monkeypatch):
     tiny, pairs = made
-    flags = ["--data", pairs, "--metric", metric, "--score-examples", 3, "--batch-size", 3]
+    flags = ["--data", pairs, "--score-examples", 3, "--batch-size", 3]
     args, model = data.parse_args(argv(tiny, tmp_path, *flags), speft.METRICS), data.load_model(tiny)
     for processes in (3, 4):
         monkeypatch.setattr("data.settings.rank_and_world", lambda: (0, processes))
-        args.resume = False
-        needs_more = processes == 4 and metric in ("grad", "synflow")
-        message = "--score-examples 3: too few for 4 processes"
-        with pytest.raises(data.InputError, match=message) if needs_more else contextlib.nullcontext():
-            data.check_fit(args, model.config, speft.linear_layers(model), lambda name: True)
-        args.resume = True  # the mask may be there already
-        data.check_fit(args, model.config, speft.linear_layers(model), lambda name: True)
+        for method, resume in itertools.product(("sparse", "full"), (False, True)):  # resumed, it has a mask
+            args.method, args.resume = method, resume
+            too_few = processes == 4 and method == "sparse" and not resume
+            message = "--score-examples 3: too few for 4 processes"
+            with pytest.raises(data.InputError, match=message) if too_few else contextlib.nullcontext():
+                data.check_fit(args, model.config, speft.linear_layers(model), lambda name: True)
 
 
 @pytest.mark.parametrize("flags", (["--merge", "merged"], ["--method", "full"]))
