@@ -173,8 +173,7 @@ def grasp(model, weights, batches, loss_fn):
         return sum((part * held).sum() for part, held in zip(along, g.values())) + 0 * loss
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the others derive only once
-        product = mean_gradient(model, weights, batches, slope)
-    return {name: product[name].mul_(w.detach()).neg_() for name, w in weights.items()}
+        return force(model, weights, batches, slope)  # −(∂slope/∂θ) ⊙ θ
 
 def fisher(model, weights, batches, loss_fn):
     """E[g_n²], the mean over samples n of that sample's squared gradient: by definition, one by one."""
