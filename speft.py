@@ -464,8 +464,8 @@ def _check_index(modules, name, index):
     if name not in modules:
         raise ValueError(f"the model has no linear layer {name!r} with a weight of its own")
     size = modules[name].weight.numel()
-    fits = index.dtype in (torch.int32, torch.int64) and index.dim() == 1
-    if not fits or len(index) and not (0 <= index[0] and index[-1] < size and (index[1:] > index[:-1]).all()):
+    is_list = index.dtype in (torch.int32, torch.int64) and index.dim() == 1
+    if not (is_list and ((0 <= index) & (index < size)).all() and (index.diff() > 0).all()):
         raise ValueError(f"layer {name!r}: indices must be sorted, different integers below {size}")
 
 def adapter(model):
