@@ -67,7 +67,8 @@ def fit(model, params, train, val, args, log, saved=None, save=None):
     reads, and what is drawn at random, depends on its number and the seed alone, so that a run can go on
     anywhere, and with another number of processes.
     """
-    sparse, learned, indices, optimizer = params is None, None, None, None
+    sparse = params is None
+    learned = indices = None
     if saved:
         log += saved["log"]
         learned, indices = saved["learned"], saved["indices"]
@@ -76,10 +77,9 @@ def fit(model, params, train, val, args, log, saved=None, save=None):
             params = speft.remask(model, indices)
         for parameter, value in zip(params, saved["values"], strict=True):
             parameter.data.copy_(value)
-        optimizer = make_optimizer(params, args)
+    optimizer = None if params is None else make_optimizer(params, args)
+    if saved:
         optimizer.load_state_dict(saved["optimizer"])
-    elif not sparse:
-        optimizer = make_optimizer(params, args)
     step_size = args.batch_size * args.accumulate * data.rank_and_world()[1]  # in examples
     while len(log) < args.steps:
         step, start = len(log), time.time()
