@@ -120,7 +120,7 @@ def run(args, adapt, log):
     data.show(f"reading {args.model} and {args.data}")
     torch.manual_seed(args.seed)
     model = data.load_model(args.model, getattr(torch, args.dtype)).to(args.device)
-    data.check_fit(args, model.config, speft.linear_layers(model), re.compile(args.layers).search, adapt)
+    data.check_fit(args, model.config, speft.linear_layers(model), adapt)
     tokenizer, base = data.load_tokenizer(args.model), model.fingerprint()
     total = sum(parameter.numel() for parameter in model.parameters())
     if args.adapter:

@@ -118,11 +118,11 @@ def parse_args(argv, metrics):
     return args
 
 
-def check_fit(args, config, layers, chosen, adapt=None):
+def check_fit(args, config, layers, adapt=None):
     """Raise InputError, naming the flag, for what cannot work with a model, before any work is done.
 
-    config: the model's. layers: its linear layers by name; chosen: which of the names --layers matches.
-    adapt: what takes the place of masks, if anything does, and may leave layers that nobody here can write.
+    config: the model's. layers: its linear layers by name. adapt: what takes the place of masks, if anything
+    does, and may leave layers that nobody here can write.
     """
     _check_folders(args)
     if adapt is not None and (args.merge or args.method == "full"):
@@ -133,7 +133,7 @@ def check_fit(args, config, layers, chosen, adapt=None):
     world = rank_and_world()[1]
     if args.method == "sparse" and not args.resume and args.score_examples < world:
         raise InputError(f"--score-examples {args.score_examples}: too few for {world} processes")
-    weights = [layer.weight.numel() for name, layer in layers.items() if chosen(name)]
+    weights = [layer.weight.numel() for name, layer in layers.items() if re.search(args.layers, name)]
     if args.method == "sparse" and not weights:
         names = ", ".join(layers)
         raise InputError(f"--layers {args.layers}: matches no linear layer; there are {names:.200}")

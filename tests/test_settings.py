@@ -120,7 +120,7 @@ def test_every_process_needs_an_example_to_score(made, tmp_path, monkeypatch):
             too_few = processes == 4 and method == "sparse" and not resume
             message = "--score-examples 3: too few for 4 processes"
             with pytest.raises(data.InputError, match=message) if too_few else contextlib.nullcontext():
-                data.check_fit(args, model.config, speft.linear_layers(model), lambda name: True)
+                data.check_fit(args, model.config, speft.linear_layers(model))
 
 
 @pytest.mark.parametrize("flags", (["--merge", "merged"], ["--method", "full"]))
