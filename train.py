@@ -30,7 +30,7 @@ def choose_mask(model, train, args, draw):
 
     scores = speft.salience(model, args.metric, batches, losses, re.compile(args.layers).search)
     indices = speft.select(scores, args.density, args.scope)
-    data.show_mask({name: len(index) / scores[name].numel() for name, index in indices.items()}, indices)
+    data.show_mask(scores, indices)
     return indices
 
 

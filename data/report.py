@@ -67,11 +67,11 @@ class Report:
         return found
 
 
-def show_mask(densities, indices):
-    """What a mask trains: {layer: density} by kind of layer, blocks.3.attn.q being one of the attn.q."""
+def show_mask(scores, indices):
+    """What a mask trains: the density by kind of layer, blocks.3.attn.q being one of the attn.q."""
     kinds = {}
-    for name, density in densities.items():
-        kinds.setdefault(name.split(".", 2)[-1], []).append(density)
+    for name, index in indices.items():
+        kinds.setdefault(name.split(".", 2)[-1], []).append(len(index) / scores[name].numel())
     means = ", ".join(f"{kind} {sum(part) / len(part):.2%}" for kind, part in kinds.items())
     show(f"training {sum(map(len, indices.values())):,} weights: {means}")
 
