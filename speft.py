@@ -186,10 +186,10 @@ def fisher(model, weights, batches, loss_fn):
 def synflow(model, weights, batches, loss_fn):
     """(∂R/∂θ) ⊙ θ, R the summed output of the linearised network for ones of the first sample's shape."""
     _count_samples(batches, weights)
-    example = _tensors(batches)[0][:1]
+    example = _tensors(batches[0])[0][:1]
     ones = torch.ones_like(example, dtype=torch.float64, requires_grad=True)
-    inputs = example[..., :1] if example.dtype in (torch.int32, torch.int64) else ones  # of token ids one
-    inputs = ((), {next(iter(batches[0])): inputs}) if hasattr(batches[0], "keys") else (inputs, {})
+    x = example[..., :1] if example.dtype in (torch.int32, torch.int64) else ones  # of token ids one
+    args, kwargs = ((), {next(iter(batches[0])): x}) if hasattr(batches[0], "keys") else ((x,), {})
     tensors = {f"{path}.{name}".lstrip("."): getattr(module, name) for path, module in model.named_modules()
                for name in (*module._parameters, *module._buffers)}  # fmt: skip
     doubles = {t: t.detach().double() for t in tensors.values() if t is not None and t.is_floating_point()}
@@ -199,7 +199,7 @@ def synflow(model, weights, batches, loss_fn):
     named = {name: doubles[t] for name, t in tensors.items() if t in doubles}
     # Every module's own places are named, tied ones too, but each module once: so all of them are put back.
     with _Linearised():
-        output = _tensors(torch.func.functional_call(model, named, *inputs, tie_weights=False))[0]
+        output = _tensors(torch.func.functional_call(model, named, args, kwargs, tie_weights=False))[0]
     gradients = torch.autograd.grad(output.sum(), scored, materialize_grads=True) if _signals(output) else []
     scores = {name: g * w.detach() for name, w, g in zip(weights, scored, gradients)}
     if not any(s.any() for s in scores.values()) or any((s < 0).any() for s in scores.values()):
