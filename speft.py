@@ -118,22 +118,23 @@ def sum_over_processes(tensor):
         dist.all_reduce(tensor)
     return tensor
 
-def mean_gradient(model, weights, batches, loss_fn, power=1):
+def mean_gradient(model, weights, batches, loss_fn, squared=False):
     """{name: g}, the gradient of the mean loss over the samples of all processes.
-    With a power, the mean of the samples' gradients to that power: then every batch has to be one sample."""
+    squared: the mean of the samples' squared gradients instead; then every batch has to be one sample."""
     count, total = _count_samples(batches, weights), {}
     for name, w in weights.items():
         w.grad_dtype = torch.promote_types(w.dtype, torch.float32)
         w.grad = torch.zeros(w.shape, dtype=w.grad_dtype, device=w.device)  # to which backward passes add
-        total[name] = w.grad if power == 1 else torch.zeros_like(w.grad)
+        total[name] = torch.zeros_like(w.grad) if squared else w.grad
     for batch in batches:
         loss, size = loss_fn(model, batch), len(_tensors(batch)[0])
         if loss.shape not in ((), (size,)):
             raise ValueError(f"loss_fn: shape {tuple(loss.shape)} is not that of {size} losses or their mean")
         (loss.sum() if loss.dim() else loss * size).backward()
-        for name, w in weights.items() if power != 1 else ():
-            total[name] += w.grad**power
-            w.grad.zero_()
+        if squared:
+            for name, w in weights.items():
+                total[name] += w.grad**2
+                w.grad.zero_()
     return {name: sum_over_processes(gradient.div_(count)) for name, gradient in total.items()}
 
 
@@ -181,7 +182,7 @@ def fisher(model, weights, batches, loss_fn):
         raise ValueError("fisher takes batches apart: all tensors of one have to hold as many samples")
     samples = [pytree.tree_map_only(torch.Tensor, lambda part: part[n : n + 1], _plain(batch))
                for batch in batches for n in range(len(_tensors(batch)[0]))]  # fmt: skip
-    return mean_gradient(model, weights, samples, loss_fn, power=2)
+    return mean_gradient(model, weights, samples, loss_fn, squared=True)
 
 def synflow(model, weights, batches, loss_fn):
     """(∂R/∂θ) ⊙ θ, R the summed output of the linearised network for ones of the first sample's shape."""
