@@ -350,10 +350,9 @@ class SparseLinear(nn.Linear):
     @property
     def weight(self):
         """The weight, or functional_call's, corrected. Reading computes right; calling the layer trains."""
-        weight = self._parameters["weight"]
         if self.delta.dtype != torch.float64:  # else it and the weight are SynFlow's own
             self.sync()
-        return weight
+        return self._parameters["weight"]
 
     def forward(self, x):
         weight = self.weight
