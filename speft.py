@@ -454,11 +454,11 @@ def sparsify(model, indices):
 
 def remask(model, indices):
     """The dynamic step: what was learned stays, the new mask starts from zero; returns its deltas."""
-    emptied = {name: torch.empty(0, dtype=torch.int64) for name, _ in _sparse_layers(model)}
+    emptied = dict.fromkeys(_sparse_layers(model), torch.empty(0, dtype=torch.int64))
     return sparsify(model, emptied | indices)
 
 def _sparse_layers(model):
-    return [item for item in linear_layers(model).items() if isinstance(item[1], SparseLinear)]
+    return {name: m for name, m in linear_layers(model).items() if isinstance(m, SparseLinear)}
 
 def _check_index(modules, name, index):
     if name not in modules:
@@ -470,7 +470,8 @@ def _check_index(modules, name, index):
 
 def adapter(model):
     """All that was learned: {module name: (flat indices (m,), float32 corrections (m,), weight's shape)}."""
-    return {n: (m.known.clone(), m.total().clone(), tuple(m.weight.shape)) for n, m in _sparse_layers(model)}
+    layers = _sparse_layers(model).items()
+    return {name: (m.known.clone(), m.total().clone(), tuple(m.weight.shape)) for name, m in layers}
 
 def load_adapter(model, state):
     """Put what `adapter` returned onto its base, bit for bit, in place of any other; returns the deltas.
@@ -481,7 +482,7 @@ def load_adapter(model, state):
         fits = tuple(shape) == modules[name].weight.shape and values.shape == index.shape
         if not (fits and values.dtype == torch.float32 and values.isfinite().all()):
             raise ValueError(f"layer {name!r}: not finite float32, one an index, of shape {tuple(shape)}")
-    for _, module in _sparse_layers(model):
+    for module in _sparse_layers(model).values():
         module._parameters["weight"].data.view(-1)[module.known] = module.original
         module.plain()
     deltas = sparsify(model, {name: index for name, (index, _, _) in state.items()})
@@ -492,7 +493,7 @@ def load_adapter(model, state):
 
 def merge(model):
     """Turn every SparseLinear into an nn.Linear with the corrected weight, still frozen; return the model."""
-    for _, module in _sparse_layers(model):
+    for module in _sparse_layers(model).values():
         module.sync()
         module.plain()
     return model
