@@ -421,7 +421,7 @@ def cover(index, n_rows, n_columns):
     first; the rows; how many are crowded: all where the whole gradient is cheaper."""
     row, column = index // n_columns, index % n_columns
     kept, plans = column.bincount(minlength=n_columns), []
-    for limit in (1 / 32, math.inf):  # with the second no column is crowded: all entries in one rectangle
+    for limit in (0, 1 / 32, math.inf):  # crowded are all columns (the whole gradient), some, or none
         crowded = (kept >= limit * n_rows).nonzero().squeeze(1)
         outside = ~torch.isin(column, crowded)
         others, rows = column[outside].unique(), row[outside].unique()
@@ -429,10 +429,8 @@ def cover(index, n_rows, n_columns):
         # x or dy as much as 64 entries; on CUDA starting up to three more kernels as much as some 2^19.
         lines = len(crowded) + len(others) + len(rows)
         cost = n_rows * (len(crowded) + 16) + len(others) * len(rows) + 64 * lines + 2**19 * index.is_cuda
-        plans.append((cost, crowded, others, rows, outside))
-    cost, crowded, others, rows, outside = min(plans, key=lambda plan: plan[0])
-    if cost >= n_rows * n_columns:
-        return column * n_rows + row, torch.arange(n_columns).to(index), index.new_empty(0), n_columns
+        plans.append((cost if limit else n_rows * n_columns, crowded, others, rows, outside))
+    _, crowded, others, rows, outside = min(plans, key=lambda plan: plan[0])
     in_first = torch.searchsorted(crowded, column) * n_rows + row
     in_second = torch.searchsorted(others, column) * len(rows) + torch.searchsorted(rows, row)
     places = torch.where(outside, len(crowded) * n_rows + in_second, in_first)
