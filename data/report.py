@@ -38,8 +38,8 @@ class Report:
         """{"NAME_WHEN": loss} on the splits `names`, which are shown as they come."""
         found = {}
         for name in names:
-            found[f"{name}_{when}"] = mean_loss(model, self.held_out[name])
-            show(f"{name} loss {when}: {found[f'{name}_{when}']:.4f} nats a token")
+            loss = found[f"{name}_{when}"] = mean_loss(model, self.held_out[name])
+            show(f"{name} loss {when}: {loss:.4f} nats a token")
         return found
 
     def accuracy(self, model, when):

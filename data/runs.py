@@ -129,13 +129,13 @@ def resume(args, settings):
 
     Both may be None, and are without --resume. The first process reads for all.
     """
-    finished, saved, folder = None, None, args.out
     if not args.resume:
-        return finished, saved
+        return None, None
+    folder, found = args.out, None
     afterwards = {"merge": args.merge, "prompt": args.prompt}  # where they have changed, it is done again
     if rank_and_world()[0] == 0:
-        finished, saved = read_result(folder, settings | afterwards), read_progress(folder, settings)
-    finished, saved = gather((finished, saved))[0]
+        found = read_result(folder, settings | afterwards), read_progress(folder, settings)
+    finished, saved = gather(found)[0]
     if finished:
         losses = [f"{name} {finished[f'{name}_after']:.4f}" for name in ("val", "test", "source")]
         show(f"{folder}: this run is finished: {', '.join(losses)}")
