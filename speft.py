@@ -2,7 +2,7 @@
 
     scores = salience(model, "grad", batches, loss_fn)     # how much does every weight matter?
     indices = select(scores, density=0.01, scope="global") # the mask: the top 1%
-    deltas = sparsify(model, indices)                      # freeze the model but for those entries, and train
+    deltas = sparsify(model, indices)                      # freeze all but those entries: what to train
     adapter(model)                                         # what was learned, as a few numbers
 
 After Liu et al., "Refining Salience-Aware Sparse Fine-Tuning Strategies for Language Models", ACL 2025
@@ -46,8 +46,8 @@ def salience(model, metric, batches, loss_fn, layers=None):
 
 
 def linear_layers(model, layers=None):
-    """{name, as before torch.compile: module} of the linear layers that can be scored and sparsified: of type
-    nn.Linear or SparseLinear, unpatched, with a floating-point weight that is a parameter and not shared."""
+    """{name: module}, named as before torch.compile, of the linear layers that can be scored and trained: of
+    type nn.Linear or SparseLinear, unpatched, with a floating-point parameter of their own as the weight."""
     used = collections.Counter(p.data_ptr() for m in model.modules() for p in m.parameters(recurse=False))
     chosen = {}
     for name, module in model.named_modules():
@@ -62,13 +62,12 @@ def linear_layers(model, layers=None):
 
 @contextlib.contextmanager
 def _left_as_found(model):
-    """Eval mode, no gradients and nothing that requires one; afterwards all is as it was, bit for bit."""
+    """Eval mode, no gradients, nothing that requires one; afterwards the model is as it was, bit for bit."""
     if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()):
         raise ValueError("a hook waits for a gradient, where an optimizer may step: remove it first")
     parameters = [(p, p.requires_grad, p.grad_dtype, p.grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
-    torch.clear_autocast_cache()  # it may hold the weights as they were at an earlier scoring
     model.eval()
     model.requires_grad_(False)
     model.zero_grad()
@@ -82,6 +81,7 @@ def _left_as_found(model):
         raise ValueError(f"stopped by a warning: {warning} (checkpoints: use_reentrant=False)") from warning
     finally:
         model.zero_grad()
+        torch.clear_autocast_cache()  # it holds the weights as they are now
         for p, *found in parameters:
             p.requires_grad, p.grad_dtype, p.grad = found
         for module, training in modes:
@@ -89,10 +89,10 @@ def _left_as_found(model):
         for module, name, buffer, value in buffers:
             buffer.data.copy_(value)
             setattr(module, name, buffer)
-    torch.default_generator.manual_seed(torch.randint(2**63 - 1, ()).item())  # fork_rng undid every draw
+    torch.default_generator.manual_seed(torch.randint(2**63 - 1, ()).item())  # put back by fork_rng: goes on
 
 def _plain(value):
-    """A batch or an output with libraries' own mappings and dataclasses as dicts."""
+    """A batch or an output, with the mappings and dataclasses of any library turned into dicts."""
     value = vars(value) if hasattr(value, "__dataclass_fields__") else value
     value = dict(value) if isinstance(value, collections.abc.Mapping) else value
     return pytree.tree_map(lambda part: part if part is value else _plain(part), value)
@@ -173,13 +173,13 @@ def grasp(model, weights, batches, loss_fn):
         # 0 · loss: where the loss is linear in the weights, the slope depends on none of them.
         return sum((part * held).sum() for part, held in zip(along, g.values())) + 0 * loss
 
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the others derive only once
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the only twice derivable
         return force(model, weights, batches, slope)  # −(∂slope/∂θ) ⊙ θ
 
 def fisher(model, weights, batches, loss_fn):
     """E[g_n²], the mean over samples n of that sample's squared gradient: by definition, one by one."""
     if any(t.shape[:1] != _tensors(batch)[0].shape[:1] for batch in batches for t in _tensors(batch)):
-        raise ValueError("fisher takes batches apart: all tensors of one have to hold as many samples")
+        raise ValueError("fisher splits batches into samples: their tensors need one first dimension")
     samples = [pytree.tree_map_only(torch.Tensor, lambda part: part[n : n + 1], _plain(batch))
                for batch in batches for n in range(len(_tensors(batch)[0]))]  # fmt: skip
     return mean_gradient(model, weights, samples, loss_fn, squared=True)
@@ -194,9 +194,9 @@ def synflow(model, weights, batches, loss_fn):
     tensors = {f"{path}.{name}".lstrip("."): getattr(module, name) for path, module in model.named_modules()
                for name in (*module._parameters, *module._buffers)}  # fmt: skip
     doubles = {t: t.detach().double() for t in tensors.values() if t is not None and t.is_floating_point()}
+    for double in doubles.values():
+        double.is_weight = True
     scored = [doubles[w].requires_grad_() for w in weights.values()]
-    for w in scored:
-        w.is_weight = True
     named = {name: doubles[t] for name, t in tensors.items() if t in doubles}
     # Every module's own places are named, tied ones too, but each module once: so all of them are put back.
     with _Linearised():
@@ -204,16 +204,16 @@ def synflow(model, weights, batches, loss_fn):
     gradients = torch.autograd.grad(output.sum(), scored, materialize_grads=True) if _signals(output) else []
     scores = {name: g * w.detach() for name, w, g in zip(weights, scored, gradients)}
     if not any(s.any() for s in scores.values()) or any((s < 0).any() for s in scores.values()):
-        raise ValueError("SynFlow: the model subtracts, or its input or no scored weight reaches its output")
+        raise ValueError("SynFlow: the model subtracts, or no scored weight lies between input and output")
     return scores
 
 
 class _Linearised(torch.overrides.TorchFunctionMode):
     """The network as SynFlow sees it: absolute weights, no biases, no non-linearity.
-    The signal is what requires a gradient and is no weight. Activations pass it on, and attention, to all
-    positions alike; embeddings look up ones; a norm is its gain. What it is multiplied with counts by its
-    size, what is added or put beside it not at all; two signals' product (a gated MLP) is their geometric
-    mean, as a plain one would square them in every block. All else has to be linear, on twice the signal."""
+    The signal is what requires a gradient and is no weight. Activations, powers and casts pass it on;
+    attention gives all positions the mean; embeddings look up ones; a norm is its gain. What it is multiplied
+    with counts by its size, what is added or put beside it not at all; two signals' product (a gated MLP) is
+    their geometric mean, as a plain one would square them in every block. All else has to be linear."""
 
     ACTIVATIONS = set("relu6 elu celu selu gelu silu mish tanh sigmoid softplus softsign hardtanh hardswish "
                       "hardsigmoid log_sigmoid pow square to float type".split())  # fmt: skip
@@ -253,7 +253,7 @@ class _Linearised(torch.overrides.TorchFunctionMode):
         if name in ("mul", "rmul", "imul", "multiply") and len(signals) == 2:  # without overflow
             return math.prod(factor.clamp(min=1e-300).sqrt() * (factor > 0) for factor in signals)
         if name in ("matmul", "bmm", "baddbmm", "einsum") and len(signals) == 2:
-            return func(*args, **kwargs) * math.nan  # of queries and keys: only for softmax
+            return func(*args, **kwargs) * math.nan  # queries and keys: marked, for softmax alone
         is_signal, other = lambda t: any(t is s for s in signals), self.OTHERS.get(name, lambda t: t)
         if name in self.ADD + self.MULTIPLY:  # numbers are no signals, either
             args = [torch.tensor(part) if isinstance(part, (int, float)) else part for part in args]
@@ -349,16 +349,19 @@ class SparseLinear(nn.Linear):
 
     @property
     def weight(self):
-        """The weight, or functional_call's, corrected. Reading computes right; calling the layer trains."""
-        if self.delta.dtype != torch.float64:  # else it and the weight are SynFlow's own
+        """The weight, corrected. Who reads it computes right, but trains nothing: that takes a call."""
+        weight = self._parameters["weight"]
+        if isinstance(weight, nn.Parameter) and isinstance(self.delta, nn.Parameter):
             self.sync()
-        return self._parameters["weight"]
+        elif not hasattr(weight, "is_weight"):  # of functional_call, not ours to write; else SynFlow's
+            values = (self.original + self.total()).to(weight.dtype)
+            weight = weight.detach().flatten().scatter(0, self.known, values).view(weight.shape)
+        return weight
 
     def forward(self, x):
-        weight = self.weight
         if not (self.delta.requires_grad and torch.is_grad_enabled()):
-            return nn.functional.linear(x, weight, self.bias)  # being scored, or frozen
-        y = _MaskedLinear.apply(x, weight, self.bias, self.delta, *self.planned)
+            return nn.functional.linear(x, self.weight, self.bias)  # being scored, or frozen
+        y = _MaskedLinear.apply(x, self.weight, self.bias, self.delta, *self.planned)
         return y.view(*x.shape[:-1], self.out_features)
 
     def plain(self):
@@ -390,7 +393,7 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, delta, places, columns, rows, n_crowded):
-        # Keep a copy of few columns, or else x, as others may, and delta, which must not change meanwhile.
+        # Of x few columns, or all, as other layers may keep it, too; delta, so that autograd sees it change.
         ctx.shape, ctx.n_crowded, ctx.copied = x.shape, n_crowded, 2 * len(columns) < x.size(-1)
         x = x.reshape(-1, x.size(-1))
         kept = x.index_select(1, columns) if ctx.copied else x
@@ -417,8 +420,7 @@ def cover(index, n_rows, n_columns):
         x[:, crowded]ᵀ dy   and   x[:, others]ᵀ dy[:, rows].
     The entries that matter lie in few columns (input features) and rows (outputs): the first part takes whole
     the columns of which a 32nd is trained, if it pays, the second the rows and columns of the other entries.
-    Returns where the entries stand in the parts, laid flat one after the other (k,); the columns, the crowded
-    first; the rows; how many are crowded: all where the whole gradient is cheaper."""
+    Returns the entries' places (k,) in both parts laid flat; columns, crowded first; rows; how many crowd."""
     row, column = index // n_columns, index % n_columns
     kept, plans = column.bincount(minlength=n_columns), []
     for limit in (0, 1 / 32, math.inf):  # crowded are all columns (the whole gradient), some, or none
@@ -439,8 +441,8 @@ def cover(index, n_rows, n_columns):
 
 def sparsify(model, indices):
     """Make the named linear layers SparseLinears in place and freeze everything else; returns the deltas.
-    indices: {module name: sorted flat indices (k,)}, of `select`. Empty deltas are left out, earlier ones
-    freeze (`remask` is the next mask's way). Raises ValueError, before any change, for what does not fit."""
+    indices: {module name: sorted flat indices (k,)}, of `select`. Empty deltas are left out; those of earlier
+    masks freeze (next masks: `remask`). Raises ValueError, before any change, for what does not fit."""
     modules = linear_layers(model)
     for name, index in indices.items():
         _check_index(modules, name, index)
@@ -451,7 +453,7 @@ def sparsify(model, indices):
     return [modules[name].delta for name in indices if modules[name].delta.numel()]
 
 def remask(model, indices):
-    """The dynamic step: what was learned stays, the new mask starts from zero; returns its deltas."""
+    """The next mask: what was learned stays, the new corrections start from zero; returns their deltas."""
     emptied = dict.fromkeys(_sparse_layers(model), torch.empty(0, dtype=torch.int64))
     return sparsify(model, emptied | indices)
 

@@ -130,13 +130,12 @@ def run(args, adapt, log):
     report, train = data.Report(splits, tokenizer, args), splits["train"]
 
     settings = data.run_settings(args, base, model.fingerprint() if args.adapter else base, splits)
-    result = vars(args) | settings | {"processes": data.rank_and_world()[1]}
     finished, saved = data.resume(args, settings)
     if finished:
         return finished
     data.show(f"{args.model}: {total:,} weights; {len(train):,} examples {train.note}")
 
-    result |= report(model, "before", ["val", "source"] + ["test"] * (args.method == "none"))
+    result = vars(args) | settings | report(model, "before")
     if args.method != "none":
         params = list(speft.merge(model).requires_grad_().parameters()) if args.method == "full" else None
         if adapt is not None:
@@ -149,7 +148,7 @@ def run(args, adapt, log):
         dtype = torch.float16 if args.method == "full" else getattr(torch, args.dtype)
         data.write_checkpoint(args.merge or args.out, args.model, speft.merge(model).state_dict(), dtype)
     if args.method != "none":
-        result |= report(model, "after", ["val", "test", "source"])
+        result |= report(model, "after")
         result |= {"trained": sum(parameter.numel() for parameter in params), "steps_done": len(log)}
         result["score_seconds"] = sum(row.get("score_seconds", 0) for row in log)
         result |= {"seconds": time.time() - start, **data.environment(args.device)}

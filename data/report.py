@@ -30,14 +30,15 @@ class Report:
                          if name != "train"}  # fmt: skip
         self.questions = test.questions(count)
         self.prompts = test.beginnings(SAMPLES)
-        self.is_asked = settings.method == "none" and bool(settings.prompt)
+        self.is_all = settings.method == "none"  # there is no "after"
+        self.is_asked = self.is_all and bool(settings.prompt)
         if settings.prompt:
             self.prompts = [format_prompt(settings.prompt, tokenizer, like=test)]
 
-    def losses(self, model, when, names):
-        """{"NAME_WHEN": loss} on the splits `names`, which are shown as they come."""
+    def losses(self, model, when):
+        """{"NAME_WHEN": loss} on the held-out splits, shown as they come; the test's only in the end."""
         found = {}
-        for name in names:
+        for name in ("val", "test", "source") if when == "after" or self.is_all else ("val", "source"):
             loss = found[f"{name}_{when}"] = mean_loss(model, self.held_out[name])
             show(f"{name} loss {when}: {loss:.4f} nats a token")
         return found
@@ -60,9 +61,9 @@ class Report:
         for prompt, completion in zip(self.prompts, said):
             show(f"sample {when}: {self.tokenizer.decode(prompt + completion)!r}")
 
-    def __call__(self, model, when, names):
+    def __call__(self, model, when):
         """All of the above, or the samples alone where one only asks; returns what goes into result.json."""
-        found = {} if self.is_asked else self.losses(model, when, names) | self.accuracy(model, when)
+        found = {} if self.is_asked else self.losses(model, when) | self.accuracy(model, when)
         self.samples(model, when)
         return found
 

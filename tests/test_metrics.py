@@ -301,7 +301,7 @@ def test_what_is_no_sample_is_passed_on_or_refused(metric):
         with_scale = lambda m, batch: ((m(batch[0]) - batch[1]) ** 2 * batch[2]).mean(1)  # noqa: E731
         more = [(*batch, scale) for batch in batches]
         if metric == "fisher":
-            with pytest.raises(ValueError, match="fisher takes batches apart"):
+            with pytest.raises(ValueError, match="fisher splits batches into samples"):
                 salience(model, metric, more, with_scale)
         else:
             expected = salience(model, metric, batches, weighted)

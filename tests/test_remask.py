@@ -272,3 +272,17 @@ def test_under_one_autocast_every_scoring_sees_the_current_weights():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outside = salience(model, "grad", batches, sample_losses)
     assert_same_tensors(inside, outside)
+
+
+def test_after_scoring_the_same_autocast_sees_changed_weights():
+    model, batches = random_mlp(3, torch.float32)
+    losses = {}
+    for scored in (False, True):
+        twin = copy.deepcopy(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            if scored:
+                salience(twin, "grad", batches, sample_losses)
+            for p in twin.parameters():
+                p.mul_(3)
+            losses[scored] = sample_losses(twin, batches[0])
+    assert same_bits(losses[True], losses[False])

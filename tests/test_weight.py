@@ -275,15 +275,64 @@ def test_functional_call_trains_by_all_parameters_as_the_module_does():
         torch.testing.assert_close(loss, expected)
 
 
-def test_an_ensemble_under_vmap_is_refused_and_not_wrong():
+def test_functional_call_writes_into_nothing_that_it_is_given():
+    """Not into another model's weights, nor into those that a second call shares before the backward pass."""
+    base, (model, _) = mlp(), trained_mlp()
+    before, x = outputs(base), probe(torch.float32)
+    found = torch.func.functional_call(model, base.state_dict(), x)
+    assert same_bits(outputs(base), before) and same_bits(found, outputs(model))
+    weights = {name: value for name, value in base.state_dict().items() if value.dim() == 2}
+    transposed = {name: value.T.contiguous().T for name, value in weights.items()}
+    assert same_bits(torch.func.functional_call(model, transposed, x), outputs(model))
+
+
+@pytest.mark.parametrize("masks", (1, 2))
+def test_two_calls_that_share_weights_have_the_gradients_of_two_models(masks):
     model, _ = trained_mlp()
-    stacked = torch.func.stack_module_state([model, copy.deepcopy(model)])
+    if masks == 2:
+        perturb(remask(model, random_masks(model)))
+    twins, x = (copy.deepcopy(model), copy.deepcopy(model)), probe(torch.float32)
+    for twin, shift in zip(twins, (0.0, 0.5)):
+        for name, p in twin.named_parameters():
+            p.data += shift * name.endswith("delta")
+    deltas = [{n: p for n, p in twin.named_parameters() if n.endswith("delta")} for twin in twins]
+    corrections = [{n: p.detach().clone().requires_grad_() for n, p in own.items()} for own in deltas]
+    weights = {n: p.detach() for n, p in model.named_parameters() if "delta" not in n}
+    for given in ({}, weights):  # the module's own weights, and others
+        first, second = (torch.func.functional_call(model, given | own, x) for own in corrections)
+        wanted = [p for own in corrections for p in own.values()]
+        found = torch.autograd.grad((first - second).square().mean(), wanted)
+        loss = (twins[0](x) - twins[1](x)).square().mean()
+        expected = torch.autograd.grad(loss, [p for own in deltas for p in own.values()])
+        assert all(e.abs().max() > 0 for e in expected)
+        torch.testing.assert_close(found, expected)
 
-    def member(params, buffers, x):
-        return torch.func.functional_call(model, (params, buffers), (x,))
 
-    with torch.no_grad(), pytest.raises(RuntimeError, match="under vmap"):
-        torch.vmap(member, in_dims=(0, 0, None))(*stacked, probe(torch.float32))
+def test_gradcheck_takes_corrections_in_float64():
+    model, _ = trained_mlp()
+    given = {name: value.double() for name, value in model.state_dict().items() if value.is_floating_point()}
+    names = [name for name in given if name.endswith("delta")]
+
+    def output(*corrections):
+        other = given | dict(zip(names, corrections))
+        return torch.func.functional_call(model, other, probe(torch.float64)[:2])
+
+    assert torch.autograd.gradcheck(output, [given[name].requires_grad_() for name in names])
+
+
+def test_an_ensemble_under_vmap_has_each_members_outputs():
+    members = [trained_mlp()[0] for _ in range(3)]
+    for member, shift in zip(members, (0.0, 0.3, -0.2)):
+        for name, p in member.named_parameters():
+            p.data += shift * name.endswith("delta")
+    stacked = torch.func.stack_module_state(members)
+
+    def call(params, buffers, x):
+        return torch.func.functional_call(members[0], (params, buffers), (x,))
+
+    with torch.no_grad():
+        found = torch.vmap(call, in_dims=(0, 0, None))(*stacked, probe(torch.float32))
+    torch.testing.assert_close(found, torch.stack([outputs(member) for member in members]))
 
 
 def test_a_model_that_is_unfrozen_as_a_whole_trains_on_alike():
