@@ -216,10 +216,10 @@ class _Linearised(torch.overrides.TorchFunctionMode):
     their geometric mean, as a plain one would square them in every block. All else has to be linear."""
 
     ACTIVATIONS = set("relu6 elu celu selu gelu silu mish tanh sigmoid softplus softsign hardtanh hardswish "
-                      "hardsigmoid log_sigmoid pow square to float type".split())  # fmt: skip
+                      "hardsigmoid log_sigmoid erf pow square to float type".split())  # fmt: skip
     GAINS = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 3}  # function: its argument
-    ADD, MULTIPLY = "add radd iadd sub rsub isub".split(), "mul rmul imul multiply div truediv".split()
-    OTHERS = dict.fromkeys(ADD + ["cat", "concat", "concatenate", "stack"], torch.zeros_like)  # no signal
+    ADD, MULTIPLY = "add sub rsub subtract".split(), "mul multiply div divide true_divide".split()
+    OTHERS = dict.fromkeys(ADD + "cat concat concatenate stack hstack".split(), torch.zeros_like)  # no signal
     OTHERS |= dict.fromkeys(MULTIPLY + "matmul mm bmm mv einsum".split(), lambda t: abs(1.0 * t).double())
     # A layer's vectors are biases; what is infinite is an attention's mask.
     OTHERS |= dict.fromkeys("linear conv1d conv2d conv3d addmm multi_head_attention_forward".split(),
@@ -250,7 +250,7 @@ class _Linearised(torch.overrides.TorchFunctionMode):
             return value.mean(-2, keepdim=True).expand(*query.shape[:-1], -1)
         if name == "softmax" and x.isnan().any():  # of attention written by hand
             return torch.full_like(x, 1 / x.size(given(1, "dim")))
-        if name in ("mul", "rmul", "imul", "multiply") and len(signals) == 2:  # without overflow
+        if name in ("mul", "multiply") and len(signals) == 2:  # without overflow
             return math.prod(factor.clamp(min=1e-300).sqrt() * (factor > 0) for factor in signals)
         if name in ("matmul", "bmm", "baddbmm", "einsum") and len(signals) == 2:
             return func(*args, **kwargs) * math.nan  # queries and keys: marked, for softmax alone

@@ -195,6 +195,13 @@ PLAIN = {  # what passes the signal on as it is, or for its gain
     "the other way round": lambda m, x: -1.0 * x,
     "before more positions": lambda m, x: torch.concat((x, m.position.expand(len(x), -1, -1)), 1),
     "behind a class": lambda m, x: torch.cat((m.position[:1].expand(len(x), 1, 4), x), 1)[:, 1:],
+    "joined": lambda m, x: torch.concatenate((x, m.position.expand(len(x), -1, -1)), -1)[..., :4],
+    "beside": lambda m, x: torch.hstack((m.position.expand(len(x), -1, -1), x)),
+    "on a stack": lambda m, x: torch.stack((m.position.expand(len(x), -1, -1), x)).sum(0),
+    "subtract": lambda m, x: torch.subtract(x, m.position),
+    "a matrix of float32": lambda m, x: x @ torch.eye(4),
+    "masked": lambda m, x: x * torch.ones(5, 1, dtype=torch.bool),
+    "divided": lambda m, x: torch.true_divide(torch.divide(x, torch.tensor(-1.0)), -1.0),
 }
 GAIN = {
     "rsqrt": lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * m.gain,
@@ -216,12 +223,19 @@ def test_norms_attention_and_positions_by_hand(spelled):
     assert_close(synflow(model, (torch.randn(2, 5, 3),)), expected)
 
 
-def test_an_activation_by_hand_is_the_geometric_mean_of_its_factors():
-    """GELU's approximation in BERT and GPT-2: its 1 counts not at all, its power passes the signal on."""
+ACTIVATIONS = {  # GELU by hand, and what it takes off the signal: its 1 counts not at all
+    "tanh": (lambda x: 0.5 * x * (1.0 + torch.tanh(0.8 * (x + 0.045 * torch.pow(x, 3.0)))), 0.5 * 0.8 * 1.045),
+    "erf": (lambda x: x * 0.5 * (1.0 + torch.erf(x / 1.4142)), 0.5 / 1.4142),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_by_hand_is_the_geometric_mean_of_its_factors(name):
+    """In BERT and GPT-2, for example. A power passes the signal on."""
     torch.manual_seed(0)
-    model = ByHand(lambda m, x: 0.5 * x * (1.0 + torch.tanh(0.8 * (x + 0.045 * torch.pow(x, 3.0)))))
-    p = positive(model)
-    factor = (0.5 * 0.8 * 1.045) ** 0.5
+    activation, factor = ACTIVATIONS[name]
+    model = ByHand(lambda m, x: activation(x))
+    p, factor = positive(model), factor**0.5
     expected = flow(model, p, factor * 5 * (p["fc2.weight"] @ p["fc1.weight"].sum(1)).sum())
     assert_close(synflow(model, (torch.randn(2, 5, 3),)), expected)
 
