@@ -87,10 +87,11 @@ class Examples:
     def sample(self, count, seed, size):
         """`count` samples (all, if there are fewer), drawn at random, as batches: none counts twice.
 
-        Batches of `size`, or of fewer where else a process would have none.
+        Every process gets some: else the batches are of fewer than `size`, or samples count twice, after all.
         """
-        count = min(count, len(self))
-        return self.draw(0, count, seed, min(size, max(1, count // rank_and_world()[1])))
+        world = rank_and_world()[1]
+        count = min(count, max(len(self), world))
+        return self.draw(0, count, seed, min(size, max(1, count // world)))
 
     def draw(self, start, count, seed, size):
         """Samples number start ... start + count - 1 of an endless, every time reshuffled pass, as batches.

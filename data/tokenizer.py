@@ -15,7 +15,7 @@ from tiktoken.core import raise_disallowed_special_token
 from data.bpe import byte_level, sentencepiece
 from data.files import InputError, find, one_of, write_file, write_json
 from data.splits import as_it_is, byte_pattern, flat_steps, nfc, normalizer, space_pattern, space_rule
-from data.vocabulary import begins_with, describe
+from data.vocabulary import begins_with, describe, in_front
 
 LONGEST = 500_000  # characters of a text that tiktoken splits: its matcher gives up after a million steps
 # The tokens with a role, by the first name of each that a tokenizer has.
@@ -226,10 +226,11 @@ def write_tokenizer(folder, source):
     """
     path = find(source)
     described, config = describe(path)
-    if (path / "tokenizer.json").exists():
+    begin = begins_with(described, config)
+    if (path / "tokenizer.json").exists() and begins_with(described, {}) == begin:
         write_file(folder / "tokenizer.json", (path / "tokenizer.json").read_bytes())
-    else:
-        write_json(folder / "tokenizer.json", described)
+    else:  # a reader may heed either file: both have to say the same
+        write_json(folder / "tokenizer.json", described | {"post_processor": in_front(described, begin)})
     for name in ("chat_template.jinja", "special_tokens_map.json"):
         if (path / name).exists():
             write_file(folder / name, (path / name).read_bytes())

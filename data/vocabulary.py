@@ -44,15 +44,16 @@ def describe(path):
         config = _config_of_folder(path, described)
     one_of(path, "add_bos_token", config.get("add_bos_token"), (None, True, False))
     if "post_processor" not in described:  # these files have no place for one
-        begin = begins_with(described, config)
-        described["post_processor"] = begin and _in_front(described, begin)
+        described["post_processor"] = in_front(described, begins_with(described, config))
     return described, config
 
 
 def begins_with(described, config):
     """The name of the token that the checkpoint puts in front of every text, None if it puts none."""
-    if config.get("add_bos_token") is not None:
-        return config.get("bos_token") if config["add_bos_token"] else None
+    if config.get("add_bos_token") is False:
+        return None
+    if config.get("add_bos_token") and config.get("bos_token"):
+        return config["bos_token"]
     for step in flat_steps(described.get("post_processor"), "processors"):
         if "cls" in step:  # of BERT and RoBERTa
             return step["cls"][0]
@@ -61,8 +62,10 @@ def begins_with(described, config):
     return None
 
 
-def _in_front(described, name):
-    """The post-processor that puts the token `name` in front of a text."""
+def in_front(described, name):
+    """The post-processor that puts the token `name` in front of a text; None for no name."""
+    if name is None:
+        return None
     ids = {token["content"]: token["id"] for token in described["added_tokens"]}
     first = {"SpecialToken": {"id": name, "type_id": 0}}
     text, another = ({"Sequence": {"id": part, "type_id": 0}} for part in "AB")

@@ -9,6 +9,7 @@ import pytest
 import data
 from data.examples import Part, _pack
 from data.files import InputError
+from data.records import encode_record
 from data.tokenizer import begin_token, end_token, load_tokenizer, write_tokenizer
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "tokenizers.json").read_text())
@@ -76,6 +77,31 @@ def test_a_tokenizer_config_has_the_last_word(processor, tmp_path):
             load(tmp_path, processor, **config)
 
 
+def test_without_a_word_or_a_name_for_it_the_tokenizer_json_decides(tmp_path):
+    for config in ({"add_bos_token": None, "bos_token": "</s>"}, {"add_bos_token": True}):
+        assert begin_token(load(tmp_path, template(FIRST), **config)) == BEGIN
+        assert begin_token(load(tmp_path, BYTES, **config)) is None
+
+
+def test_a_tokenizer_config_comes_before_the_config_of_the_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 0}))
+    assert begin_token(load(tmp_path, None, add_bos_token=True, bos_token="<s>")) == BEGIN
+
+
+@pytest.mark.parametrize("processor", (None, BYTES, template(FIRST), template(ALONE)))
+@pytest.mark.parametrize("said", (None, False, True))
+def test_a_written_folder_says_the_same_in_both_files(processor, said, tmp_path):
+    library = pytest.importorskip("tokenizers").Tokenizer
+    begin = begin_token(load(tmp_path / "read", processor, add_bos_token=said, bos_token="<s>"))
+    (tmp_path / "written").mkdir()
+    write_tokenizer(tmp_path / "written", tmp_path / "read")
+    assert begin_token(load_tokenizer(tmp_path / "written")) == begin
+    written = library.from_file(str(tmp_path / "written" / "tokenizer.json"))
+    ids = load_tokenizer(tmp_path / "read").encode_ordinary("the value")
+    assert written.encode("the value").ids == [BEGIN] * (begin is not None) + ids
+    assert written.encode("the", "value").ids[:1] == [BEGIN] * (begin is not None) + ids[: begin is None]
+
+
 @pytest.mark.parametrize(
     ("model", "split", "said", "begins"),
     [("llama", None, None, True), ("llama", None, False, False), ("gpt2", "smollm", None, False),
@@ -134,6 +160,15 @@ def test_every_record_begins_with_it_and_learns_the_same(tmp_path):
         assert shown[0] == BEGIN and shown[1:].equal(inputs[1 - more :])
         assert learned[more:].equal(targets) and BEGIN not in learned
         assert asked_then == (asked and asked + more)
+
+
+def test_a_token_of_the_id_0_stands_in_front_like_any(tmp_path):
+    first = VARIANT["added_tokens"][0]["content"]
+    tokenizer = load(tmp_path, None, add_bos_token=True, bos_token=first, eos_token="<s>")
+    packed = _pack(Part("texts", "document", ["the value is in the list of it " * 9]), tokenizer, 8, "cpu")
+    records = [encode_record("here", record, tokenizer)[0] for record in RECORDS]
+    assert begin_token(tokenizer) == 0 and len(packed) > 3
+    assert all(inputs[0] == 0 for inputs in [*(inputs for inputs, _ in packed.samples), *records])
 
 
 @pytest.mark.parametrize("opening", (None, [], [{"role": "system", "content": "in"}]))

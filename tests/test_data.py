@@ -118,10 +118,13 @@ def numbered(count):
 
 
 def test_every_process_has_examples_to_score_if_there_are_as_many(monkeypatch):
-    for world, count, wanted in ((1, 50, 128), (8, 50, 128), (3, 9, 7), (7, 7, 7), (4, 40, 40)):
+    cases = ((1, 50, 128), (8, 50, 128), (3, 9, 7), (7, 7, 7), (4, 40, 40), (4, 5, 5), (4, 3, 9), (2, 1, 2))
+    for world, count, wanted in cases:
         monkeypatch.setattr("data.examples.rank_and_world", lambda: (0, world))
         batches = numbered(count).sample(wanted, seed=0, size=8)
-        assert len(batches) >= world and sum(len(inputs) for inputs, _ in batches) == min(count, wanted)
+        sampled = [x.item() for inputs, _ in batches for x in inputs[:, 0]]
+        assert len(batches) >= world and len(sampled) == min(max(count, world), wanted)
+        assert len(set(sampled)) == min(len(sampled), count)  # twice only where there are too few
         assert max(len(inputs) for inputs, _ in batches) <= 8
         assert min(wanted, count) < 8 * world or len(batches[0][0]) == 8  # smaller only where it has to be
 
@@ -132,6 +135,8 @@ def test_drawing_is_a_reshuffled_pass_and_a_function_of_its_arguments(count):
     for wanted in (1, count, 3 * count):  # for scoring none counts twice
         sampled = [x.item() for inputs, _ in examples.sample(wanted, seed=5, size=2) for x in inputs[:, 0]]
         assert len(set(sampled)) == len(sampled) == min(wanted, count)
+        of_the_seed = [x.item() for inputs, _ in examples.draw(0, len(sampled), 5, 2) for x in inputs[:, 0]]
+        assert sampled == of_the_seed
     drawn = [examples.draw(at, 1, seed=3, size=1)[0][0][0, 0].item() for at in range(4 * count)]
     for epoch in range(4):
         assert sorted(drawn[epoch * count : (epoch + 1) * count]) == list(range(count))

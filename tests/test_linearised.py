@@ -224,7 +224,7 @@ def test_norms_attention_and_positions_by_hand(spelled):
 
 
 ACTIVATIONS = {  # GELU by hand, and what it takes off the signal: its 1 counts not at all
-    "tanh": (lambda x: 0.5 * x * (1.0 + torch.tanh(0.8 * (x + 0.045 * torch.pow(x, 3.0)))), 0.5 * 0.8 * 1.045),
+    "tanh": (lambda x: 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.045 * torch.pow(x, 3.0)))), 0.5 * 0.8 * 1.045),
     "erf": (lambda x: x * 0.5 * (1.0 + torch.erf(x / 1.4142)), 0.5 / 1.4142),
 }
 
