@@ -169,7 +169,7 @@ def main(argv=None, adapt=None):
         data.join_processes(args.device)
         return run(args, adapt, log)
     except KeyboardInterrupt:
-        data.show(f"stopped after step {len(log)}; --resume goes on from the last checkpoint")
+        data.show(f"stopped after step {len(log)}; --resume goes on from {args.out}'s newest checkpoint")
         sys.exit(130)
     except (OSError, ValueError, ArithmeticError, torch.OutOfMemoryError) as error:
         data.complain(f"train.py: error: {error}")

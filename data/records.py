@@ -14,7 +14,7 @@ from data.files import InputError, parse_json
 from data.tokenizer import begin_token, end_token
 
 TURN = ("<|im_start|>", "<|im_end|>")  # ChatML's tokens around a turn
-SHAPES = "text, prompt and completion, or (if the tokenizer knows ChatML) messages of role and content"
+SHAPES = "text, prompt and completion, or messages of role and content"
 MAKE_QUESTIONS = """
 import contextlib, json, sys
 import reasoning_gym
@@ -118,6 +118,8 @@ def _parts(record, tokenizer):
     if "messages" in record:
         if begin is not None:
             yield (begin,), False
+        if not tokenizer.special_tokens_set.issuperset(TURN):
+            raise ValueError("a chat is written in ChatML, whose tokens the model's tokenizer does not have")
         start, stop = ((tokenizer.encode_single_token(name),) for name in TURN)
         for message in record["messages"]:
             learned = message["role"] == "assistant"

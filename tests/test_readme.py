@@ -61,7 +61,7 @@ def test_every_python_snippet_runs(tmp_path, monkeypatch, capsys):
     assert data.load_model("merged").fingerprint() == speft.merge(learned).fingerprint()
     pytest.importorskip("matplotlib").use("Agg")
     exec(plot, {})
-    assert Path("loss.png").stat().st_size > 0
+    assert Path("out/loss.png").stat().st_size > 0
 
 
 def test_the_table_of_metrics_is_complete():

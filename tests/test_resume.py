@@ -107,7 +107,8 @@ def test_ctrl_c_says_in_one_line_where_it_stopped(cut, tmp_path, capsys):
     cut(tmp_path, 3, "--checkpoint-every", 1)
     printed = capsys.readouterr()
     assert printed.err == ""
-    assert printed.out.splitlines()[-1] == "stopped after step 3; --resume goes on from the last checkpoint"
+    said = f"stopped after step 3; --resume goes on from {tmp_path}'s newest checkpoint"
+    assert printed.out.splitlines()[-1] == said
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1.pt", "checkpoint-2.pt"]
 
 
@@ -139,7 +140,8 @@ def test_ctrl_c_while_scoring_ends_at_once(made, tmp_path):
     sent = time.time()
     os.kill(one.processes[0].pid, signal.SIGINT)
     assert one.exit_codes() == [130] and time.time() - sent < 10
-    assert one.printed(0).endswith("stopped after step 0; --resume goes on from the last checkpoint\n")
+    said = f"stopped after step 0; --resume goes on from {tmp_path}/out's newest checkpoint\n"
+    assert one.printed(0).endswith(said)
     assert one.printed(0, "err") == "" and os.listdir(tmp_path / "out") == []
 
 
@@ -184,7 +186,7 @@ def test_without_a_checkpoint_a_run_starts_anew_and_a_finished_one_says_so(run, 
 def test_a_result_without_losses_is_not_finished(run, tmp_path, monkeypatch, capsys):
     whole = run(tmp_path / "whole")
 
-    def interrupt(self, model, when, names):
+    def interrupt(self, model, when):
         if when == "after":
             raise KeyboardInterrupt
         return {}

@@ -71,8 +71,8 @@ def run_here(study, cell, best=math.inf, before=None):
 
     evaluate = data.Report.__call__
 
-    def report(self, model, when, names):
-        return before if before and when == "before" else evaluate(self, model, when, names)
+    def report(self, model, when):
+        return before if before and when == "before" else evaluate(self, model, when)
 
     optimizer = OPTIMIZERS.get(cell["method"], torch.optim.AdamW)
     with contextlib.ExitStack() as meanwhile:

@@ -33,7 +33,7 @@ RUN += f" --eval-examples 2 --eval-every 1 --checkpoint-every {EVERY} --resume -
 STARTING = 5  # seconds in which a run starts
 PATIENCE = 60  # seconds in which Ctrl-C has to end a run
 KINDS = {"static": "", "dynamic": "--mask dynamic --refresh 6 --metric snip", "random": "--metric random"}
-STOPPED = re.compile(r"^stopped after step \d+; --resume goes on from the last checkpoint\n\Z", re.M)
+STOPPED = re.compile(r"^stopped after step \d+; --resume goes on from .*'s newest checkpoint\n\Z", re.M)
 
 
 def child(argv, log):
