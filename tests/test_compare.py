@@ -80,6 +80,17 @@ def test_an_interrupted_study_goes_on_and_its_table_counts_seeds(tmp_path, monke
     assert len(lines) == 5 and "failed" in json.loads(lines[1])
 
 
+def test_a_sweep_runs_every_rate_with_every_seed_once(tmp_path, monkeypatch, capsys):
+    study = Study(monkeypatch, tmp_path, lambda rate, seed: rate + seed)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "long", "--jobs", "1"])
+    compare.main()
+    cells = sorted((studies.name_of(cell), float(cell["lr"]), cell["seed"]) for cell in study.ran)
+    pair = [(name, rate, seed) for name in ("grad global static", "lora") for rate in (5e-5, 1e-4, 3e-4, 5e-4)
+            for seed in (0, 1, 2)]  # fmt: skip
+    alone = [(name, rate, 0) for name in ("full", "random global static") for rate in (5e-5, 1e-4, 3e-4, 5e-4)]
+    assert cells == sorted(pair + alone)
+
+
 @pytest.mark.parametrize("behind", (-0.1, 0.019, 0.021, 1.0))
 def test_only_candidates_within_reach_of_lora_run_with_all_seeds(tmp_path, monkeypatch, capsys, behind):
     candidate = studies.STUDIES["prose"].candidates[0]

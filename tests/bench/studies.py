@@ -99,6 +99,7 @@ SENTIMENT = (
     "--score-examples 64 --refresh 20 --eval-examples 128 "
 )
 SWEPT = [sparse("grad"), sparse("random"), setting("lora")]
+PAPERS_RATES = ("5e-5", "1e-4", "3e-4", "5e-4")
 LONG = [sparse("grad"), sparse("random"), setting("lora"), setting("full", None)]
 LONG_PAIRS = {  # study: the settings whose long runs are compared step by step
     "long": (sparse("grad"), setting("lora")),
@@ -136,13 +137,13 @@ STUDIES = {
     "long": Study(
         PROSE + "--steps 960 --eval-every 60",
         reference=setting("lora"),
-        swept=[(chosen, ("3e-4", "1e-4"), (0, 1, 2)) for chosen in LONG_PAIRS["long"]]
-        + [(chosen, (rate,), (0,)) for rate in ("3e-4", "1e-4", "5e-4", "5e-5") for chosen in LONG],
+        swept=[(chosen, PAPERS_RATES, (0, 1, 2)) for chosen in LONG_PAIRS["long"]]
+        + [(chosen, PAPERS_RATES, (0,)) for chosen in LONG],
     ),
     "long-sentiment": Study(
         SENTIMENT + "--steps 960 --eval-every 60",
         reference=setting("lora", HALF),
-        swept=[(chosen, ("3e-4",), (0,)) for chosen in LONG_PAIRS["long-sentiment"]],
+        swept=[(chosen, ("3e-4", "1e-4"), (0,)) for chosen in LONG_PAIRS["long-sentiment"]],
         measure=sentiment.measure_test,
     ),
     "smollm2": Study(
