@@ -355,7 +355,7 @@ class SparseLinear(nn.Linear):
             self.sync()
         elif not hasattr(weight, "is_weight"):  # of functional_call, not ours to write; else SynFlow's
             values = (self.original + self.total()).to(weight.dtype)
-            weight = weight.detach().flatten().scatter(0, self.known, values).view(weight.shape)
+            weight = weight.flatten().scatter(0, self.known, values).view(weight.shape)
         return weight
 
     def forward(self, x):

@@ -308,6 +308,18 @@ def test_two_calls_that_share_weights_have_the_gradients_of_two_models(masks):
         torch.testing.assert_close(found, expected)
 
 
+def test_given_weights_have_their_gradients_but_where_a_correction_stands():
+    model, x = trained_mlp()[0].requires_grad_(False), probe(torch.float32)
+    name, plain = f"{LAYERS[0]}.weight", merge(copy.deepcopy(model))
+    given = dict(plain.named_parameters())[name].detach().clone().requires_grad_()
+    (found,) = torch.autograd.grad(torch.func.functional_call(model, {name: given}, x).square().sum(), given)
+    weight = dict(plain.named_parameters())[name].requires_grad_()
+    (expected,) = torch.autograd.grad(plain(x).square().sum(), weight)
+    expected.view(-1)[adapter(model)[LAYERS[0]][0]] = 0
+    torch.testing.assert_close(found, expected)
+    assert (found != 0).any()
+
+
 def test_gradcheck_takes_corrections_in_float64():
     model, _ = trained_mlp()
     given = {name: value.double() for name, value in model.state_dict().items() if value.is_floating_point()}
