@@ -89,7 +89,7 @@ def _left_as_found(model):
         for module, name, buffer, value in buffers:
             buffer.data.copy_(value)
             setattr(module, name, buffer)
-    torch.default_generator.manual_seed(torch.randint(2**63 - 1, ()).item())  # put back by fork_rng: goes on
+    torch.default_generator.manual_seed(torch.randint(2**63 - 1, ()).item())  # fork_rng put it back: go on
 
 def _plain(value):
     """A batch or an output, with the mappings and dataclasses of any library turned into dicts."""
@@ -308,8 +308,7 @@ class SparseLinear(nn.Linear):
     """A linear layer whose weight (out, in) is frozen but for k entries, corrected by the vector `delta`.
     delta (k,): the trainable correction, float32. known (m,): sorted flat places of all entries that a mask
     has trained; original (m,): their values in the base. From the second mask on, carried (m,) is what the
-    earlier ones learned, and place (k,) where the mask stands in `known`. An entry of the weight is
-    original + (carried + delta), written whenever it is read: nothing else may write it."""
+    earlier ones learned, and place (k,) where the mask stands in `known`. Nothing else writes the weight."""
 
     BUFFERS = ("known", "original", "carried", "place")
 
@@ -341,11 +340,13 @@ class SparseLinear(nn.Linear):
         delta = self.delta.detach()
         return delta if self.place is None else self.carried.index_add(0, self.place, delta)
 
+    def corrected(self, dtype):
+        return (self.original + self.total()).to(dtype)  # the sum in float32 or wider
+
     def sync(self):
         """Make the weight right, however `delta` was changed."""
         weight = self._parameters["weight"].data  # through .data, so that autograd takes no notice
-        values = (self.original + self.total()).to(weight.dtype)  # the sum in float32 or wider
-        weight.view(-1).scatter_(0, self.known, values)
+        weight.view(-1).scatter_(0, self.known, self.corrected(weight.dtype))
 
     @property
     def weight(self):
@@ -354,8 +355,7 @@ class SparseLinear(nn.Linear):
         if isinstance(weight, nn.Parameter) and isinstance(self.delta, nn.Parameter):
             self.sync()
         elif not hasattr(weight, "is_weight"):  # of functional_call, not ours to write; else SynFlow's
-            values = (self.original + self.total()).to(weight.dtype)
-            weight = weight.flatten().scatter(0, self.known, values).view(weight.shape)
+            weight = weight.flatten().scatter(0, self.known, self.corrected(weight.dtype)).view(weight.shape)
         return weight
 
     def forward(self, x):
@@ -393,7 +393,7 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, delta, places, columns, rows, n_crowded):
-        # Of x few columns, or all, as other layers may keep it, too; delta, so that autograd sees it change.
+        # Keep few columns of x, or x, as others may; and delta, so that autograd sees if it was changed.
         ctx.shape, ctx.n_crowded, ctx.copied = x.shape, n_crowded, 2 * len(columns) < x.size(-1)
         x = x.reshape(-1, x.size(-1))
         kept = x.index_select(1, columns) if ctx.copied else x
@@ -420,7 +420,7 @@ def cover(index, n_rows, n_columns):
         x[:, crowded]ᵀ dy   and   x[:, others]ᵀ dy[:, rows].
     The entries that matter lie in few columns (input features) and rows (outputs): the first part takes whole
     the columns of which a 32nd is trained, if it pays, the second the rows and columns of the other entries.
-    Returns the entries' places (k,) in both parts laid flat; columns, crowded first; rows; how many crowd."""
+    Returns the entries' places (k,) in both parts laid flat; columns, crowded first; rows; number crowded."""
     row, column = index // n_columns, index % n_columns
     kept, plans = column.bincount(minlength=n_columns), []
     for limit in (0, 1 / 32, math.inf):  # crowded are all columns (the whole gradient), some, or none

@@ -87,7 +87,8 @@ class Examples:
     def sample(self, count, seed, size):
         """`count` samples (all, if there are fewer), drawn at random, as batches: none counts twice.
 
-        Every process gets some: else the batches are of fewer than `size`, or samples count twice, after all.
+        Every process gets some. For that, batches may hold fewer than `size`, and samples may count twice if
+        there are fewer than processes.
         """
         world = rank_and_world()[1]
         count = min(count, max(len(self), world))

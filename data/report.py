@@ -30,15 +30,15 @@ class Report:
                          if name != "train"}  # fmt: skip
         self.questions = test.questions(count)
         self.prompts = test.beginnings(SAMPLES)
-        self.is_all = settings.method == "none"  # there is no "after"
-        self.is_asked = self.is_all and bool(settings.prompt)
+        self.is_untrained = settings.method == "none"  # there is no "after"
+        self.is_asked = self.is_untrained and bool(settings.prompt)
         if settings.prompt:
             self.prompts = [format_prompt(settings.prompt, tokenizer, like=test)]
 
     def losses(self, model, when):
-        """{"NAME_WHEN": loss} on the held-out splits, shown as they come; the test's only in the end."""
+        """{"NAME_WHEN": loss} on the held-out splits, shown as they come; on "test" only in the end."""
         found = {}
-        for name in ("val", "test", "source") if when == "after" or self.is_all else ("val", "source"):
+        for name in ("val", "test", "source") if when == "after" or self.is_untrained else ("val", "source"):
             loss = found[f"{name}_{when}"] = mean_loss(model, self.held_out[name])
             show(f"{name} loss {when}: {loss:.4f} nats a token")
         return found

@@ -145,10 +145,9 @@ def resume(args, settings):
 
 
 def environment(device):
-    """For result.json: the most bytes held so far, by the device's allocator or here; what computed."""
+    """For result.json: the most bytes held so far, by the device's allocator or here; what is computing."""
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else held
-    processes = rank_and_world()[1]
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return {"peak_memory_bytes": peak, "processes": processes, "processor": platform.machine(),
-            "versions": versions}  # fmt: skip
+    return {"peak_memory_bytes": peak, "versions": versions, "processor": platform.machine(),
+            "processes": rank_and_world()[1]}  # fmt: skip
